@@ -1,0 +1,19 @@
+"""Quantization of timm's vision transformers: swap layers, calibrate, freeze."""
+
+from quant.convert import (
+    UnsupportedModelError,
+    activation_ranges,
+    calibrate,
+    check_calibrated,
+    check_supported,
+    quantize_model,
+)
+
+__all__ = [
+    "UnsupportedModelError",
+    "activation_ranges",
+    "calibrate",
+    "check_calibrated",
+    "check_supported",
+    "quantize_model",
+]

@@ -1,0 +1,171 @@
+"""Swap, calibrate, freeze: a float timm model becomes a quantized one, in place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from timm import layers as timm_layers
+from timm.models import deit, swin_transformer, vision_transformer
+from torch import Tensor, nn
+
+from quant import modules, swin, vit
+from quant.quantizers import BIT_WIDTHS
+
+# Exact types, not subclasses: what is not in one of these tables may compute something that is not quantized here.
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: modules.QuantLinear,
+    nn.Conv2d: modules.QuantConv2d,
+    nn.LayerNorm: modules.QuantLayerNorm,
+    timm_layers.LayerNorm: modules.QuantLayerNorm,
+    timm_layers.Mlp: vit.QuantMlp,
+    vision_transformer.Attention: vit.QuantAttention,
+    vision_transformer.Block: vit.QuantBlock,
+    vision_transformer.VisionTransformer: vit.QuantVisionTransformer,
+    deit.VisionTransformerDistilled: vit.QuantVisionTransformerDistilled,
+    swin_transformer.WindowAttention: swin.QuantWindowAttention,
+    swin_transformer.SwinTransformerBlock: swin.QuantSwinTransformerBlock,
+    swin_transformer.SwinTransformer: swin.QuantSwinTransformer,
+}
+# Modules that stay: containers, and functions without weights.
+INERT = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)
+KEPT = (
+    *(*INERT, nn.Sequential, nn.Flatten, nn.Softmax),
+    *(nn.GELU, timm_layers.GELU, timm_layers.GELUTanh, timm_layers.QuickGELU),
+    *(timm_layers.PatchEmbed, timm_layers.LayerScale, timm_layers.ClassifierHead),
+    *(timm_layers.SelectAdaptivePool2d, timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool),
+    *(swin_transformer.SwinTransformerStage, swin_transformer.PatchMerging),
+)
+# Outputs that stay float: GELU's input, and of a ViT's final norm all but the pooled row.
+FLOAT_OUTPUTS = {vit.QuantMlp: ("fc1",), vit.QuantVisionTransformer: ("norm", "fc_norm")}
+FLOAT_OUTPUTS[vit.QuantVisionTransformerDistilled] = FLOAT_OUTPUTS[vit.QuantVisionTransformer]
+
+
+class UnsupportedModelError(TypeError):
+    """The model has a part that this project does not know how to quantize; it is never quantized in part."""
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the part, unless every module of `model` is understood.
+
+    Understood are timm's VisionTransformer, VisionTransformerDistilled and SwinTransformer with plain attention.
+    """
+    roots = (vit.VisionTransformer, vit.VisionTransformerDistilled, swin.SwinTransformer)
+    if type(model) not in roots:
+        expected = ", ".join(root.__name__ for root in roots)
+        raise UnsupportedModelError(f"expected a timm {expected}; got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if type(module) not in SWAPS and type(module) not in KEPT:
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise UnsupportedModelError(f"{name} is a {kind}, which is not understood; expected {_expected(name)}")
+        parts = getattr(SWAPS.get(type(module)), "parts", None)
+        for child_name, child in module.named_children() if parts else ():
+            if child_name not in parts and type(child) not in INERT:
+                path = f"{name}.{child_name}".lstrip(".")
+                raise UnsupportedModelError(
+                    f"{path} ({type(child).__name__}) is not understood; {type(module).__name__} is expected to have "
+                    f"only {', '.join(parts)}"
+                )
+    if isinstance(model, vit.VisionTransformer):
+        if model.pos_embed is None or model.dynamic_img_size:
+            raise UnsupportedModelError("expected a learned position embedding for one image size")
+        if model.num_prefix_tokens == 0 and model.global_pool == "token":
+            raise UnsupportedModelError("expected a class token or average pooling; the model has neither")
+
+
+def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8) -> nn.Module:
+    """Swap the layers of a timm ViT, DeiT or Swin for quantized ones, in place; returns the model.
+
+    Until `calibrate` is called the model gives its float logits. The names of its state dict never change.
+
+    Args:
+        model: in evaluation mode afterwards.
+        w_bit, a_bit: 2 to 8 for weights and activations; 16 leaves them in float.
+
+    Raises:
+        ValueError: a bit width out of range.
+        UnsupportedModelError: a part of the model is not understood; the model is untouched.
+    """
+    for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
+        if bits not in BIT_WIDTHS:
+            raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
+    check_supported(model)
+    model.eval()
+    for module in list(model.modules()):
+        if type(module) not in SWAPS:
+            continue
+        module.__class__ = SWAPS[type(module)]
+        if isinstance(module, modules.QuantizedWeight):
+            module.w_bit, module.weight_scale = w_bit, None
+        if isinstance(module, modules.QuantizedOutput):
+            module.act_output = modules.QuantAct(a_bit)
+        for name in getattr(module, "activations", ()):
+            setattr(module, name, modules.QuantAct(a_bit))
+    for module in list(model.modules()):
+        for name in FLOAT_OUTPUTS.get(type(module), ()):
+            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
+                layer.act_output = nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Module:
+    """Record every activation's range in full precision over `images`, then quantize and freeze.
+
+    Args:
+        model: from `quantize_model`, not calibrated before.
+        images: (B, 3, H, W), normalised, on the CPU or on the model's device.
+        batch_size: images a forward pass; ranges do not depend on it.
+
+    Raises:
+        RuntimeError: the model was not swapped, or is calibrated already.
+        FloatingPointError: an activation is not finite; names it.
+    """
+    activations = dict(modules.named_activations(model))
+    if not activations or any(act.low is not None for act in activations.values()):
+        raise RuntimeError("calibrate expects a model from quantize_model that was not calibrated before")
+    if not len(images):
+        raise ValueError("calibrate expects at least one image")
+    device = next(model.parameters()).device
+    with observing(model):
+        for batch in images.split(batch_size):
+            model(batch.to(device))
+    for name, (low, high) in activation_ranges(model).items():
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
+            raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
+    for module in model.modules():
+        if isinstance(module, (modules.QuantAct, modules.QuantizedWeight)):
+            module.freeze()
+    return model
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Within the context every activation quantizer records what it sees."""
+    try:
+        for _, act in modules.named_activations(model):
+            act.observing = True
+        yield
+    finally:
+        for _, act in modules.named_activations(model):
+            act.observing = False
+
+
+def activation_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """The calibrated [low, high] of every activation quantizer, by name."""
+    ranges = {name: torch.stack([act.low, act.high]) for name, act in modules.named_activations(model)}
+    return dict(zip(ranges, map(tuple, torch.stack(list(ranges.values())).tolist()), strict=True))
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raise RuntimeError for a swapped model whose ranges are not all recorded; a float model passes."""
+    missing = [name for name, act in modules.named_activations(model) if act.low is None]
+    if missing:
+        raise RuntimeError(f"the model is not calibrated ({missing[0]} has no range); call quant.calibrate first")
+
+
+def _expected(name: str) -> str:
+    """What the supported models have in the place of module `name`."""
+    place = name.rpartition(".")[2]
+    known = {"attn": "Attention or WindowAttention", "mlp": "Mlp", "patch_embed": "PatchEmbed", "attn_pool": "none"}
+    known |= {"norm": "LayerNorm", "norm1": "LayerNorm", "norm2": "LayerNorm", "norm_pre": "LayerNorm"}
+    return known.get(place, "Block" if place.isdigit() else "a layer of a plain ViT or Swin")

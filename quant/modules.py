@@ -1,0 +1,78 @@
+"""Quantized layers: a float layer of torch, plus a weight on a grid, plus a quantizer for its output.
+
+A layer becomes quantized by changing its class, so parameters, their names and timm's model stay what they are.
+What is not the output of a layer (sums, attention scores, ...) has a quantizer in quant/vit.py and quant/swin.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from quant.quantizers import FLOAT_BITS, asymmetric_scale, fake_quantize, quantize_weight, unsigned_grid
+
+
+class QuantAct(nn.Module):
+    """Asymmetric, per-tensor quantizer of one activation.
+
+    Passes values through until it is calibrated: `observe` widens the range by what it sees, `freeze` fixes scale and
+    zero point. Uncalibrated means that `scale` is None. With 16 bits it stays float, and only records its range.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+        self.observing = False
+        for name in ("low", "high", "scale", "zero_point"):  # not persistent: a state dict keeps its float names
+            self.register_buffer(name, None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self.observe(x)
+        if self.scale is None:
+            return x
+        return fake_quantize(x, self.scale, self.zero_point, unsigned_grid(self.bits))
+
+    def observe(self, x: Tensor) -> None:
+        low, high = x.detach().float().aminmax()
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def freeze(self) -> None:
+        if self.bits != FLOAT_BITS:
+            self.scale, self.zero_point = asymmetric_scale(self.low, self.high, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}" + ("" if self.scale is None else f", scale={self.scale:.4g}")
+
+
+class QuantizedOutput(nn.Module):
+    """Mixin: the layer's own forward, then `act_output`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act_output(super().forward(x))
+
+
+class QuantizedWeight(QuantizedOutput):
+    """Mixin: on `freeze`, the weight is replaced by its nearest values on the grid, once. Biases stay float."""
+
+    def freeze(self) -> None:
+        if self.w_bit != FLOAT_BITS:
+            self.weight.data, self.weight_scale = quantize_weight(self.weight.data, self.w_bit)
+
+
+class QuantLinear(QuantizedWeight, nn.Linear):
+    """Linear layer with symmetric per-channel weights."""
+
+
+class QuantConv2d(QuantizedWeight, nn.Conv2d):
+    """Convolution (the patch embedding) with symmetric per-channel weights."""
+
+
+class QuantLayerNorm(QuantizedOutput, nn.LayerNorm):
+    """Layer norm computed in float; only its output is quantized."""
+
+
+def named_activations(model: nn.Module) -> Iterator[tuple[str, QuantAct]]:
+    """Every activation quantizer with its name, in the order of the modules."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantAct))

@@ -1,0 +1,52 @@
+"""timm's Swin with quantized activations between its layers. See quant/vit.py for the way it is written.
+
+Shapes: B images, W windows an image, N tokens a window, h heads, d head width; between blocks (B, H, W, D).
+"""
+
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import Tensor
+
+
+class QuantWindowAttention(WindowAttention):
+    """Modifications: scores, bias table, their sum and the context quantized; the shift mask is added in float."""
+
+    parts = ("qkv", "proj", "softmax")
+    activations = ("act_scores", "act_bias", "act_biased_scores", "act_context")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        BW, N, _ = x.shape
+        qkv = self.qkv(x).reshape(BW, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B*W, h, N, d) each
+        scores = self.act_scores((q * self.scale) @ k.transpose(-2, -1))  # (B*W, h, N, N)
+        scores = self.act_biased_scores(scores + self._get_rel_pos_bias())
+        if mask is not None:  # (W, N, N)
+            scores = (scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]).view(scores.shape)
+        context = scores.softmax(dim=-1) @ v  # (B*W, h, N, d)
+        return self.proj(self.act_context(context.transpose(1, 2).reshape(BW, N, -1)))
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        table = self.act_bias(self.relative_position_bias_table)  # a parameter, quantized as an activation
+        N = self.window_area
+        return table[self.relative_position_index.view(-1)].view(N, N, -1).permute(2, 0, 1)  # (h, N, N)
+
+
+class QuantSwinTransformerBlock(SwinTransformerBlock):
+    """Modifications: both residual sums quantized; no stochastic depth."""
+
+    parts = ("norm1", "attn", "norm2", "mlp")
+    activations = ("act_residual1", "act_residual2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act_residual1(x + self._attn(self.norm1(x)))
+        return self.act_residual2(x + self.mlp(self.norm2(x)))
+
+
+class QuantSwinTransformer(SwinTransformer):
+    """Modifications: image and pooled feature quantized."""
+
+    parts = ("patch_embed", "layers", "norm", "head")
+    activations = ("act_input", "act_pooled")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(self.act_input(x))
+        return self.head.fc(self.act_pooled(self.head(x, pre_logits=True)))  # (B, classes)

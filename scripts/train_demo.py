@@ -1,0 +1,157 @@
+"""Train a demo model: python scripts/train_demo.py demo_vit. Interrupt it at will; the same command goes on.
+
+Leaves models/<name>.safetensors when done and a checkpoint in runs/train_demo/ on the way. Data, order and
+initial weights follow from the seed. On two CPU cores the ViT takes about 40 minutes, the Swin about an hour.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import set_fused_attn
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import demo  # noqa: E402
+from models.zoo import normalization  # noqa: E402
+from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_round  # noqa: E402
+
+ROUNDS = 1200  # of one image a class: 60,000 training images, none of them in data/demo
+MAX_SHIFT = 6  # pixels, the only augmentation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=["demo_vit", "demo_swin"])
+    parser.add_argument("--images", type=int, default=800_000, help="images to train on, repeats counted (800000)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step (128)")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the matrices, by Muon (0.02)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of images (0)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (all cores)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = ROOT / "runs" / "train_demo"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    train = load_training_images(folder / "images.npy", workers=options.threads)
+    val = torch.from_numpy(np.concatenate([render_round("val", i) for i in range(IMAGES_PER_CLASS["val"])]))
+    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
+    torch.manual_seed(options.seed)
+    model = getattr(demo, options.model)().to(options.device)
+    optimizers = build_optimizers(model, options.lr)
+    steps, start = options.images // options.batch_size, 0
+    checkpoint = folder / f"{options.model}_seed{options.seed}.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+        print(f"going on from step {start} of {steps}", flush=True)
+
+    began, mean_loss = time.monotonic(), 0.0
+    base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in build_optimizers(model, options.lr)]
+    for step in range(start, steps):
+        factor = min(1.0, (step + 1) / 200, (steps - step) / (0.7 * steps))  # warm-up, plateau, linear to zero
+        for optimizer, lrs in zip(optimizers, base_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        images, labels = draw_batch(train, options.batch_size, seed=[options.seed, step])
+        images, labels = images.to(options.device), labels.to(options.device)
+        model.train()
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean_loss = loss.item() if step == start else 0.98 * mean_loss + 0.02 * loss.item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            rate = (step + 1 - start) * options.batch_size / (time.monotonic() - began)
+            print(f"step {step + 1}/{steps}  loss {mean_loss:.3f}  {rate:.0f} images/s", flush=True)
+        if (step + 1) % 400 == 0 or step + 1 == steps:
+            print(f"step {step + 1}/{steps}  val top-1 {top1(model, val, options.device):.2f} %", flush=True)
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            torch.save(state, draft := checkpoint.with_suffix(".draft"))
+            os.replace(draft, checkpoint)
+
+    record = {"seed": options.seed, "images": steps * options.batch_size, "val_top1": top1(model, val, options.device)}
+    record |= {"torch": torch.__version__, "timm": timm.__version__, "device": options.device}
+    target = ROOT / "models" / f"{options.model}.safetensors"
+    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    save_file(weights, draft := target.with_suffix(".draft"), metadata={"training": json.dumps(record)})
+    os.replace(draft, target)
+    print(f"wrote {target}: {json.dumps(record)}")
+
+
+def load_training_images(path: Path, workers: int) -> np.ndarray:
+    """Render the training images once into a file of about 740 MB; returns (ROUNDS, classes, size, size, 3)."""
+    if not path.exists():
+        draft = path.with_name(f".{os.getpid()}.npy")
+        shape = (ROUNDS, NUM_CLASSES, IMAGE_SIZE, IMAGE_SIZE, 3)
+        images = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+        with ProcessPoolExecutor(workers) as pool:
+            for index, rendered in enumerate(pool.map(render_round, ["training"] * ROUNDS, range(ROUNDS))):
+                images[index] = rendered
+        images.flush()
+        os.replace(draft, path)
+    return np.load(path)
+
+
+def draw_batch(train: np.ndarray, size: int, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `size` training images, each shifted at random (borders reflected); returns images and labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, NUM_CLASSES, size)
+    images = torch.from_numpy(train[rng.integers(0, ROUNDS, size), labels])
+    padded = F.pad(normalize(images), [MAX_SHIFT] * 4, mode="reflect")
+    offsets = rng.integers(0, 2 * MAX_SHIFT + 1, (size, 2))
+    shifted = [
+        image[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for image, (y, x) in zip(padded, offsets, strict=True)
+    ]
+    return torch.stack(shifted), torch.from_numpy(labels)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W)."""
+    mean, std = normalization()
+    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for all else (embeddings, norms, biases, classifier)."""
+    is_hidden = {
+        name: value.ndim == 2 and not name.startswith("head") and "bias_table" not in name
+        for name, value in model.named_parameters()
+    }
+    hidden = [value for name, value in model.named_parameters() if is_hidden[name]]
+    others = [value for name, value in model.named_parameters() if not is_hidden[name]]
+    return [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0.02, momentum=0.95),
+        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.99), weight_decay=0.02),
+    ]
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, val: torch.Tensor, device: str) -> float:
+    """Top-1 in percent on the validation images, in float32."""
+    model.eval()
+    labels = torch.arange(NUM_CLASSES).repeat(len(val) // NUM_CLASSES)
+    predictions = [model(normalize(images).to(device)).argmax(1).cpu() for images in val.split(250)]
+    return 100 * (torch.cat(predictions) == labels).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()
