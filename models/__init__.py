@@ -1,0 +1,5 @@
+"""Where models come from: names, weights, and the preprocessing that belongs to them."""
+
+from models.zoo import DEMO_MODELS, build_model, data_config, evaluation_transform, model_tag, normalization
+
+__all__ = ["DEMO_MODELS", "build_model", "data_config", "evaluation_transform", "model_tag", "normalization"]

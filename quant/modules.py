@@ -19,7 +19,7 @@ class QuantAct(nn.Module):
     zero point. Uncalibrated means that `scale` is None. With 16 bits it stays float, and only records its range.
     """
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.observing = False

@@ -23,9 +23,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import demo  # noqa: E402
-from models.zoo import normalization  # noqa: E402
-from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_round  # noqa: E402
+from models import demo
+from models.zoo import normalization
+from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_round
 
 ROUNDS = 1200  # of one image a class: 60,000 training images, none of them in data/demo
 MAX_SHIFT = 6  # pixels, the only augmentation
@@ -118,9 +118,7 @@ def draw_batch(train: np.ndarray, size: int, seed: list[int]) -> tuple[torch.Ten
     images = torch.from_numpy(train[rng.integers(0, ROUNDS, size), labels])
     padded = F.pad(normalize(images), [MAX_SHIFT] * 4, mode="reflect")
     offsets = rng.integers(0, 2 * MAX_SHIFT + 1, (size, 2))
-    shifted = [
-        image[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for image, (y, x) in zip(padded, offsets, strict=True)
-    ]
+    shifted = [image[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for image, (y, x) in zip(padded, offsets, strict=True)]
     return torch.stack(shifted), torch.from_numpy(labels)
 
 

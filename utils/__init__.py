@@ -1,0 +1,1 @@
+"""Losses, random streams, data, evaluation and files: what the scripts share."""

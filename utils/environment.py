@@ -1,0 +1,43 @@
+"""Which versions a run uses, checked on import: this module is imported before anything heavy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    import timm
+    import torch
+    import torchvision
+except ModuleNotFoundError as error:
+    sys.exit(print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr) or 2)
+except (RuntimeError, ImportError) as error:  # such as "operator torchvision::nms does not exist"
+    from importlib.metadata import version
+
+    found = f"torch {version('torch')} and torchvision {version('torchvision')}"
+    print(f"error: {found} do not fit; install both from one source, in one command ({error})", file=sys.stderr)
+    sys.exit(2)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {m.__name__: m.__version__ for m in (torch, torchvision, timm)}
+
+
+def commit() -> str | None:
+    """The project's git commit, with "+" if files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a person names it: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

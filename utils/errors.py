@@ -1,0 +1,20 @@
+"""Bad input: one clear line and exit code 2, for every command of the project."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message says in one line what was expected and what came."""
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Run `main`; bad input ends it with its one line and exit code 2, Ctrl-C with 130, and no traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,69 @@
+"""Normalised images as files: tensors to use again, and a picture to look at."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils.errors import InputError
+from utils.files import replacing
+
+TILE = 224  # pixels, at least; smaller images are enlarged by a whole factor
+
+
+def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: Tensor) -> Path:
+    """Write normalised images (B, 3, H, W) to a .safetensors file, and a grid of them beside it.
+
+    Args:
+        more: further tensors for the file; `labels` (B,) stand under the pictures.
+
+    Returns:
+        Path of the picture: the file's name with .png.
+    """
+    with replacing(path) as draft:
+        save_file({name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}, draft)
+    picture = path.with_suffix(".png")
+    with replacing(picture) as draft:
+        draw_grid(images * std + mean, more["labels"].tolist() if "labels" in more else None).save(draft)
+    return picture
+
+
+def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Read the tensors that `save_images` wrote; `images` must be (B, 3, *size)."""
+    if not path.is_file():
+        raise InputError(f"--images {path}: no such file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"--images {path}: expected a file that generate_data.py wrote ({error})") from error
+    for name in {"images", "held_out"} & tensors.keys() or {"images"}:
+        images = tensors.get(name)
+        if images is None or images.ndim != 4 or images.shape[1:] != (3, *size) or not len(images):
+            shape = "none" if images is None else str(tuple(images.shape))
+            raise InputError(f"--images {path}: expected {name} of shape (N, 3, {size[0]}, {size[1]}); got {shape}")
+        if not images.is_floating_point() or not images.isfinite().all():
+            raise InputError(f"--images {path}: expected finite floats in {name}")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
+    """Draw images (B, 3, H, W), values 0 to 1, as a grid, eight in a row, with each label under its tile."""
+    columns = min(8, len(pixels))
+    zoom = max(1, TILE // 2 // pixels.shape[3])
+    tiles = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    height, width = tiles.shape[1] * zoom, tiles.shape[2] * zoom
+    gap, caption = max(4, width // 28), 0 if labels is None else max(14, width // 9)
+    rows = -(-len(tiles) // columns)
+    size = (columns * (width + gap) + gap, rows * (height + caption + gap) + gap)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for index, tile in enumerate(tiles):
+        x, y = gap + index % columns * (width + gap), gap + index // columns * (height + caption + gap)
+        grid.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if labels is not None:
+            text = f"class {labels[index]}"
+            draw.text((x + width / 2, y + height + caption / 2), text, "black", anchor="mm", font_size=caption * 0.75)
+    return grid

@@ -1,0 +1,79 @@
+"""Command-line options that more than one script has."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from quant.quantizers import BIT_WIDTHS
+from utils.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a bad command line in one line, as all bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --checkpoint, --seed, --steps and --device."""
+    parser.add_argument(
+        "--model",
+        default="deit_tiny",
+        metavar="NAME",
+        help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, which come with the "
+        "project; or any ViT, DeiT or Swin by its timm name (deit_tiny)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights from a local .pth or .safetensors file, also the DeiT and Swin authors' own (timm's, downloaded)",
+    )
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of all that is drawn at random (0)")
+    parser.add_argument(
+        "--steps", type=positive, default=500, metavar="N", help="optimisation steps in each of the two rounds (500)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps (cuda if there is one, else cpu)")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, checked; cuda if there is one and cpu otherwise for None."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"--device {name}: expected a device of this machine, such as cpu ({reason})") from error
+    return device
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1; got '{text}'")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """argparse type: a whole number from 0 below 2^32."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 4294967295; got '{text}'")
+    return int(text)
+
+
+def bit_width(text: str) -> int:
+    """argparse type: 2 to 8, or 16 for float."""
+    if not text.isdecimal() or int(text) not in BIT_WIDTHS:
+        raise argparse.ArgumentTypeError(f"expected 2 to 8, or 16 for float; got '{text}'")
+    return int(text)

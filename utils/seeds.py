@@ -1,0 +1,18 @@
+"""Independent random streams: what one part of a run draws never moves what another part draws."""
+
+import numpy as np
+import torch
+
+_PURPOSES = ("images", "labels", "augmentation", "noise", "real")
+
+
+def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments.
+
+    Args:
+        seed: the run's seed.
+        purpose: one of "images", "labels", "augmentation", "noise", "real".
+        index: tells streams of one purpose apart, such as the number of a batch.
+    """
+    entropy = np.random.SeedSequence([seed, _PURPOSES.index(purpose), *index])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
