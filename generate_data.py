@@ -28,6 +28,7 @@ from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
 from utils.options import Parser, add_common_options, pick_device, positive
+from utils.progress import progress_bar
 from utils.seeds import stream
 
 __all__ = ["GenerationSettings", "draw_labels", "generate_data", "patch_similarity_entropy", "total_variation"]
@@ -78,7 +79,7 @@ def generate_data(
     settings = settings or GenerationSettings()
     batches = draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)
     steps = len(batches) * settings.rounds * settings.steps
-    with frozen(model), tqdm(total=steps, desc="generating", unit="step", disable=not progress) as bar:
+    with frozen(model), progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar:
         return torch.cat([_optimise(model, labels, seed, i, settings, bar) for i, labels in enumerate(batches)])
 
 
@@ -111,6 +112,7 @@ def _optimise(
 
     full_rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
     optimizer = torch.optim.Adam([images], lr=full_rate, betas=settings.betas)
+    recent: list[Tensor] = []
     with attention_outputs(model) as outputs:
         for turn in range(settings.rounds):
             reach = round(settings.jitter * (turn + 1) * size[0])
@@ -135,18 +137,21 @@ def _optimise(
                     images.clamp_(darkest, brightest)
                 outputs.clear()
 
+                recent.append(torch.stack(list(terms.values())).detach())
                 bar.update()
-                if (step + 1) % 10 == 0 or step + 1 == settings.steps:
-                    _show(terms, bar)
+                if len(recent) == 10 or step + 1 == settings.steps:  # seldom: reading them waits for the device
+                    _show(list(terms), recent, turn * settings.steps + step + 1, bar)
+                    recent.clear()
     return images.detach().cpu()
 
 
-def _show(terms: dict[str, Tensor], bar: tqdm) -> None:
-    values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name} became {value} at step {bar.n}; expected finite losses")
-    bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+def _show(names: list[str], recent: list[Tensor], last_step: int, bar: tqdm) -> None:
+    """Show the last of the `recent` steps' terms in the bar; stop at the first that is not finite."""
+    for step, values in enumerate(torch.stack(recent).tolist(), start=last_step - len(recent) + 1):
+        for name, value in zip(names, values, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} became {value} at step {step}; expected finite losses")
+    bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, values, strict=True)})
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> dict:
         "device": utils.environment.device_name(device),
         "versions": utils.environment.versions(),
         "commit": utils.environment.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
     }
     write_json(folder / "results.json", results)

@@ -121,7 +121,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = load_state_dict(str(path), weights_only=True)
     except UnpicklingError as error:
         raise InputError(f"checkpoint {path}: refused, it is damaged or holds more than weights") from error
-    except (OSError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         raise InputError(f"checkpoint {path}: not a readable file of weights ({_line(error)})") from error
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not state:
@@ -175,6 +184,8 @@ def _check_architecture(tag: str) -> None:
         check_supported(model)
     except UnsupportedModelError as error:
         raise InputError(f"{tag} cannot be quantized: {error}") from error
+    if not model.num_classes:
+        raise InputError(f"{tag} has no classifier; expected a model that has one")
 
 
 def _download(tag: str, overlay: dict) -> nn.Module:
@@ -198,8 +209,8 @@ def _download(tag: str, overlay: dict) -> nn.Module:
         except (OSError, RuntimeError) as error:
             reason = _line(error)
     raise InputError(
-        f"the weights of {tag} are not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}) and cannot be "
-        f"downloaded ({reason}); give a local file with --checkpoint, or set HF_HOME or HF_HUB_CACHE to a cache that holds them"
+        f"the weights of {tag} are neither in the cache ({huggingface_hub.constants.HF_HUB_CACHE}) nor to be had "
+        f"({reason}); give a local file with --checkpoint, or set HF_HOME or HF_HUB_CACHE to a cache that holds them"
     )
 
 

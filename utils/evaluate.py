@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from quant import check_calibrated
 from utils.data import UNREADABLE
+from utils.progress import progress_bar
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def evaluate(
     device = next(next(iter(models.values())).parameters()).device
     correct = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
     count, unreadable = 0, []
-    with tqdm(images, desc="evaluating", unit="batch", miniters=report_every if report_every > 1 else None) as bar:
+    with progress_bar(images, desc="evaluating", unit="batch") as bar:
         for step, (batch, labels, indices) in enumerate(bar, start=1):
             readable = labels != UNREADABLE
             if not readable.all():
@@ -40,7 +40,7 @@ def evaluate(
                 batch, labels = batch[readable], labels[readable]
             batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             count += len(labels)
-            for name, model in models.items():
+            for name, model in models.items() if len(labels) else ():
                 correct[name] += count_correct(model(batch), labels)
             if step % report_every == 0 and count:
                 bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})

@@ -11,7 +11,7 @@ from torch import Tensor
 from utils.errors import InputError
 from utils.files import replacing
 
-TILE = 224  # pixels, at least; smaller images are enlarged by a whole factor
+TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
 
 def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: Tensor) -> Path:
@@ -52,7 +52,7 @@ def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
 def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
     """Draw images (B, 3, H, W), values 0 to 1, as a grid, eight in a row, with each label under its tile."""
     columns = min(8, len(pixels))
-    zoom = max(1, TILE // 2 // pixels.shape[3])
+    zoom = -(-TILE // pixels.shape[3])
     tiles = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     height, width = tiles.shape[1] * zoom, tiles.shape[2] * zoom
     gap, caption = max(4, width // 28), 0 if labels is None else max(14, width // 9)

@@ -1,0 +1,108 @@
+"""Draw overview.png: how a model sees a real image, noise, and an image generated from the model itself.
+
+    python test_quant.py --model demo_vit --output-dir runs/overview
+    python scripts/overview.py --run runs/overview              (needs requirements-plots.txt)
+
+One row each: the image; the patch-similarity matrix of one block; the density of these similarities.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from generate_data import attention_outputs
+from models import build_model, evaluation_transform, normalization
+from utils.data import Images
+from utils.entropy import GaussianDensity, patch_similarity, patch_similarity_entropy
+from utils.errors import exit_cleanly
+from utils.fractals import write_demo_data
+from utils.images import load_images
+from utils.seeds import stream
+
+INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#1d4ed8"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "overview", metavar="DIR", help="folder of a run")
+    parser.add_argument("--model", default="demo_vit", help="the run's model (demo_vit)")
+    parser.add_argument("--block", type=int, default=3, metavar="N", help="attention layer, from 0 (3)")
+    parser.add_argument("--image", type=int, default=0, metavar="N", help="generated image to show (0)")
+    parser.add_argument("--output", type=Path, default=ROOT / "overview.png", metavar="FILE")
+    options = parser.parse_args()
+
+    model = build_model(options.model).requires_grad_(False)
+    size = model.patch_embed.img_size
+    tensors = load_images(options.run / "images.safetensors", size)
+    label = int(tensors["labels"][options.image])
+    val = Images(write_demo_data(ROOT / "data" / "demo"), "val", evaluation_transform(model))
+    count = len(tensors["images"])
+    kinds = {
+        "real image": torch.stack([val[i][0] for i in torch.arange(0, len(val), len(val) // count)[:count].tolist()]),
+        "Gaussian noise": torch.randn(count, 3, *size, generator=stream(0, "noise")),
+        "generated image": tensors["images"],
+    }
+    shown = {"real image": val[val.labels.index(label)][0], "generated image": tensors["images"][options.image]}
+
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": MUTED, "text.color": INK})
+    figure, axes = plt.subplots(3, 3, figsize=(8.5, 7.4), width_ratios=(1, 1.12, 1.5), layout="constrained")
+    headings = ("image", f"patch similarity, block {options.block + 1}", "its density over a batch")
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(heading, fontsize=11, fontweight="bold", pad=8)
+    for row, (kind, images) in zip(axes, kinds.items(), strict=True):
+        draw_row(row, model, kind, shown.get(kind, images[0]), images, options.block)
+    highest = max(row[2].get_ylim()[1] for row in axes)
+    for row in axes:
+        row[2].set_ylim(0, highest)
+    axes[2, 2].set_xlabel("cosine similarity of two patches")
+    figure.savefig(options.output, dpi=200)
+    print(f"wrote {options.output}")
+
+
+def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tensor, block: int) -> None:
+    """Draw one image (3, H, W), its similarities, and the density of those of all `images` (B, 3, H, W)."""
+    mean, std = normalization(model)
+    pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0)
+    row[0].imshow(pixels, interpolation="nearest")
+    row[0].set_ylabel(kind, fontsize=11, fontweight="bold", labelpad=8)
+
+    matrix = patch_similarity(features_of(model, image[None], block), num_images=1)
+    side = round(matrix.numel() ** 0.5)
+    picture = row[1].imshow(matrix.view(side, side), cmap="magma", vmin=-0.2, vmax=1, interpolation="nearest")
+    plt.colorbar(picture, ax=row[1], fraction=0.046, pad=0.04, ticks=[0, 0.5, 1]).outline.set_visible(False)
+    for axis in row[:2]:
+        axis.set(xticks=[], yticks=[])
+
+    features = features_of(model, images, block)
+    similarity = patch_similarity(features, len(images))
+    points = torch.linspace(-0.6, 1, 400)
+    density = GaussianDensity.apply(similarity, points).mean(dim=0)
+    row[2].fill_between(points, density, color=ACCENT, alpha=0.15, linewidth=0)
+    row[2].plot(points, density, color=ACCENT, linewidth=1.6)
+    entropy = patch_similarity_entropy(features, len(images)).item()
+    row[2].text(0.04, 0.86, f"entropy $H$ = {entropy:.2f}", transform=row[2].transAxes, fontsize=11)
+    row[2].set(xlim=(-0.6, 1.02), yticks=[])
+    row[2].spines[["top", "right", "left"]].set_visible(False)
+    row[2].tick_params(color=MUTED, labelcolor=MUTED)
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: Tensor, block: int) -> Tensor:
+    """softmax(QK^T) V of one attention layer: (B*W, h, N, d)."""
+    with attention_outputs(model) as outputs:
+        model(images)
+    return outputs[block]
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

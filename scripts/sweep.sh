@@ -1,0 +1,67 @@
+#!/bin/sh
+# Run test_quant.py over models, seeds, modes and bit widths, and keep one row a run.
+#
+#   scripts/sweep.sh demo                          the README's demo table: no data set, no GPU
+#   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table
+#
+# Rows that are there are skipped, so an interrupted sweep goes on where it stopped; a run that fails is a row with
+# its reason, and the sweep goes on. Images are generated once a model and seed, and used for all bit widths. Progress
+# and errors of a run are in errors.txt of its folder.
+# Change what is swept through these variables: MODELS, BITS, MODES, SEEDS, ROWS (the CSV file), RUNS (a folder for
+# images and results), PYTHON, DATASET, OPTIONS (more options of test_quant.py).
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+case "${1:-}" in
+demo)
+    MODELS=${MODELS:-demo_vit demo_swin}
+    BITS=${BITS:-8/8 4/8 6/6 4/4}
+    SEEDS=${SEEDS:-0 1 2}
+    ;;
+paper)
+    MODELS=${MODELS:-deit_tiny deit_small deit_base swin_tiny swin_small}
+    BITS=${BITS:-4/8 8/8}
+    SEEDS=${SEEDS:-0 1 2}
+    : "${DATASET:?expected DATASET=/path/to/imagenet}"
+    ;;
+*)
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+MODES=${MODES:-0 1 2}
+ROWS=${ROWS:-scripts/results/$1.csv}
+RUNS=${RUNS:-runs/sweep}
+PYTHON=${PYTHON:-python}
+trap 'exit 130' INT TERM
+
+for model in $MODELS; do
+    for seed in $SEEDS; do
+        for mode in $MODES; do
+            for bits in $BITS; do
+                w_bit=${bits%/*} a_bit=${bits#*/}
+                "$PYTHON" scripts/rows.py has "$ROWS" "$model" "$w_bit" "$a_bit" "$mode" "$seed" && continue
+                run="$RUNS/${model}_w${w_bit}a${a_bit}_mode${mode}_seed${seed}"
+                images="$RUNS/${model}_seed${seed}.safetensors"
+                mkdir -p "$run"
+                set -- --model "$model" --w_bit "$w_bit" --a_bit "$a_bit" --mode "$mode" --seed "$seed"
+                [ -n "${DATASET:-}" ] && set -- "$@" --dataset "$DATASET"
+                [ "$mode" = 0 ] && [ -f "$images" ] && set -- "$@" --images "$images"
+                echo "== $*"
+                # shellcheck disable=SC2086
+                if "$PYTHON" test_quant.py "$@" ${OPTIONS:-} --output-dir "$run" 2>"$run/errors.txt"; then
+                    "$PYTHON" scripts/rows.py add "$ROWS" "$run/results.json"
+                    if [ "$mode" = 0 ] && [ ! -f "$images" ]; then
+                        cp "$run/images.safetensors" "$images.draft" && mv "$images.draft" "$images"
+                    fi
+                else
+                    code=$?
+                    [ "$code" -ge 130 ] && exit "$code"
+                    reason=$(grep . "$run/errors.txt" | tail -n 1)
+                    echo "failed: $reason"
+                    "$PYTHON" scripts/rows.py fail "$ROWS" "$model" "$w_bit" "$a_bit" "$mode" "$seed" "$reason"
+                fi
+            done
+        done
+    done
+done

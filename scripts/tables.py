@@ -1,0 +1,110 @@
+"""Write the README's result tables from the result rows; with --check, fail if they are not what the rows say.
+
+python scripts/tables.py [--check]
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from rows import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+MODES = {"noise": "1", "real": "2", "generated": "0"}
+
+# Top-1 on ImageNet as the paper gives it (table 1; one RTX 3090), and noise, real and generated of an independent
+# re-run of the published implementation (repository ngrxmu/FDD-DFQ-ViT, README, seed 444).
+PUBLISHED = {
+    ("deit_tiny", "4", "8"): (72.21, 65.57, (7.83, 65.25, 65.68)),
+    ("deit_tiny", "8", "8"): (72.21, 71.56, (10.31, 71.21, 71.62)),
+    ("deit_small", "4", "8"): (79.85, 73.23, (7.57, 72.34, 72.32)),
+    ("deit_small", "8", "8"): (79.85, 76.92, (11.86, 76.13, 76.17)),
+    ("deit_base", "4", "8"): (81.85, 77.05, (12.14, 76.28, 76.53)),
+    ("deit_base", "8", "8"): (81.85, 79.10, (15.73, 78.68, 78.96)),
+    ("swin_tiny", "4", "8"): (81.35, 71.79, (0.47, 70.98, 71.48)),
+    ("swin_tiny", "8", "8"): (81.35, 75.35, (0.51, 74.71, 75.00)),
+    ("swin_small", "4", "8"): (83.20, 75.14, (0.74, 71.26, 74.89)),
+    ("swin_small", "8", "8"): (83.20, 76.64, (0.80, 73.57, 76.54)),
+}
+
+
+def demo_table(rows: list[dict[str, str]]) -> str:
+    """Both demo models: top-1 by bit width and kind of calibration images."""
+    lines = ["| model (float top-1) | bits | noise | real | generated |", "|---|---|---|---|---|"]
+    for model in ("demo_vit", "demo_swin"):
+        for w_bit, a_bit in (("8", "8"), ("4", "8"), ("6", "6"), ("4", "4")):
+            cells = [cell(rows, model, w_bit, a_bit, mode) for mode in MODES.values()]
+            floats = {row["float_top1"] for row in rows if row["model"] == model and row["float_top1"]}
+            name = f"{model} ({float(min(floats)):.2f})" if floats else model
+            lines.append(f"| {name} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", provenance(rows)])
+
+
+def paper_table(rows: list[dict[str, str]]) -> str:
+    """The paper's table: published, re-run by others, and ours."""
+    lines = [
+        "| model (float top-1) | bits | published | re-run: noise / real / generated | ours: noise | real | generated "
+        "| generated - published |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, w_bit, a_bit), (float_top1, published, rerun) in PUBLISHED.items():
+        cells = [cell(rows, model, w_bit, a_bit, mode) for mode in MODES.values()]
+        ours = values(rows, model, w_bit, a_bit, MODES["generated"])
+        difference = f"{statistics.mean(ours) - published:+.2f}" if ours else "-"
+        others = " / ".join(f"{value:.2f}" for value in rerun)
+        lines.append(
+            f"| {model} ({float_top1:.2f}) | W{w_bit}/A{a_bit} | {published:.2f} | {others} | {' | '.join(cells)} "
+            f"| {difference} |"
+        )
+    return "\n".join([*lines, "", provenance(rows)])
+
+
+def values(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> list[float]:
+    """Top-1 of every seed of one cell."""
+    wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "mode": mode, "error": ""}
+    return [float(row["top1"]) for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def cell(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    top1 = values(rows, model, w_bit, a_bit, mode)
+    if not top1:
+        return "not run"
+    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+    return f"{statistics.mean(top1):.2f}{spread}"
+
+
+def provenance(rows: list[dict[str, str]]) -> str:
+    """What the numbers rest on, in one sentence."""
+    rows = [row for row in rows if not row["error"]]
+    if not rows:
+        return "Ours: not run yet."
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({row[key] for row in rows}))
+
+    seeds = len({row["seed"] for row in rows})
+    return (
+        f"Top-1 in percent on {all_of('n')} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
+        f"{all_of('calibration_images')} calibration images, 2 x {all_of('steps')} steps; {all_of('device')}, torch "
+        f"{all_of('torch')}, timm {all_of('timm')}."
+    )
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in (("demo", demo_table), ("paper", paper_table)):
+        begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"
+        before, rest = text.split(begin)
+        text = before + begin + table(read_rows(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
+    if "--check" not in sys.argv[1:]:
+        readme.write_text(text)
+    elif text != readme.read_text():
+        sys.exit("README.md is out of date: run python scripts/tables.py")
+
+
+if __name__ == "__main__":
+    main()

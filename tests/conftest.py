@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Outputs of the published implementation, as tensors: golden("losses")["vit_attn"]."""
+
+    def load(name):
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return {
+                key: json.loads(str(value)) if value.dtype.kind == "U" else torch.from_numpy(value)
+                for key, value in file.items()
+            }
+
+    return load
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    return randomize(model)
+
+
+@pytest.fixture
+def swin():
+    torch.manual_seed(0)
+    model = SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10
+    )
+    return randomize(model)
+
+
+@pytest.fixture(params=["vit", "swin"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def randomize(model):
+    """timm starts with biases of zero and norms of one, which would hide a layer that is left out."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory):
+    """A data set in ImageNet's layout: 50 classes (as the demo models have), 2 images each in train and val."""
+    root, rng = tmp_path_factory.mktemp("dataset"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(50):
+            folder = root / split / f"class_{label:02d}"
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return root

@@ -1,0 +1,172 @@
+"""The command line of test_quant.py, end to end on the small demo models."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import test_quant
+from test_quant import parse, run
+from utils.errors import InputError
+
+ROOT = Path(test_quant.__file__).parent
+QUICK = ["--steps", "2", "--calib-batchsize", "4", "--num-workers", "0", "--device", "cpu"]
+
+
+def quick(*arguments, model="demo_vit"):
+    return run(parse(["--model", model, *QUICK, *map(str, arguments)]))
+
+
+@pytest.fixture(autouse=True)
+def no_demo_data(monkeypatch):
+    """These tests bring their own data set; the demo's is not written for them."""
+    monkeypatch.setattr(test_quant, "write_demo_data", lambda root: pytest.fail("writes the demo data"))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("model", ["demo_vit", "demo_swin"])
+def test_a_run_leaves_its_results(tmp_path, image_root, capsys, mode, model):
+    results = quick("--dataset", image_root, "--output-dir", tmp_path, "--mode", mode, "--w_bit", 4, model=model)
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    expected = {"model": model, "tag": model, "w_bit": 4, "a_bit": 8, "mode": mode, "seed": 0, "n": 100}
+    assert {key: results[key] for key in expected} == expected
+    for key in ("top1", "top5", "float_top1", "float_top5"):
+        assert 0 <= results[key] <= 100
+    assert results["top5"] >= results["top1"]
+    assert set(results["seconds"]) == {"build", "images", "quantize", "calibrate", "evaluate"}
+    assert set(results["versions"]) == {"python", "torch", "torchvision", "timm"}
+    assert results["device"].startswith("cpu") and "commit" in results and results["options"]["steps"] == 2
+    ranges = json.loads((tmp_path / "ranges.json").read_text())
+    assert ranges and all(low <= high for low, high in ranges.values())
+    images = {"images.safetensors", "images.png"} if mode != 2 else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "ranges.json"} | images
+    printed = capsys.readouterr().out
+    assert f"{results['float_top1']:.2f}" in printed and f"{results['top1']:.2f}" in printed and "W4/A8" in printed
+
+
+def test_same_seed_same_results_and_images(tmp_path, image_root):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = (quick("--dataset", image_root, "--output-dir", tmp_path / name) for name in ("a", "b"))
+    assert first["top1"] == second["top1"]
+    for name in ("images.safetensors", "images.png", "ranges.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_saved_images_replace_generation(tmp_path, image_root):
+    first = quick("--dataset", image_root, "--output-dir", tmp_path / "a")
+    images = tmp_path / "a" / "images.safetensors"
+    second = quick("--dataset", image_root, "--output-dir", tmp_path / "b", "--images", images, "--steps", 400)
+    assert second["top1"] == first["top1"] and second["calibration_images"] == 4
+    assert (tmp_path / "a" / "ranges.json").read_bytes() == (tmp_path / "b" / "ranges.json").read_bytes()
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_without_a_data_set_the_models_are_compared_on_held_out_images(tmp_path, vit, capsys, monkeypatch, mode):
+    monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
+    monkeypatch.setattr(test_quant, "HELD_OUT", 3)
+    results = quick("--output-dir", tmp_path, "--mode", mode)
+    assert results["top1"] is None and results["float_top1"] is None and results["n"] == 0
+    assert 0 <= results["agreement"] <= 100 and results["logit_error"] > 0
+    tensors = load_file(tmp_path / "images.safetensors")
+    assert tensors["images"].shape[0] == 4 and tensors["held_out"].shape[0] == 3
+    assert not torch.equal(tensors["images"][:3], tensors["held_out"])
+    assert "accuracy was not measured" in capsys.readouterr().out
+
+
+def test_limit_is_the_number_of_images_counted(tmp_path, image_root):
+    assert quick("--dataset", image_root, "--output-dir", tmp_path, "--mode", 1, "--limit", 7)["n"] == 7
+
+
+def test_unreadable_images_fail_the_run_at_its_end_unless_skipped(tmp_path, image_root):
+    import shutil
+
+    root = shutil.copytree(image_root, tmp_path / "data")
+    (root / "val" / "class_03" / "0.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1 images are not readable .*class_03/0\.png.*--skip-bad"):
+        quick("--dataset", root, "--output-dir", tmp_path / "a", "--mode", 1)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())  # nothing is lost
+    assert results["n"] == 99
+    assert (
+        quick("--dataset", root, "--output-dir", tmp_path / "b", "--mode", 1, "--skip-bad")
+        | {key: results[key] for key in ("options", "seconds", "date")}
+        == results
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--model deit_tny", "did you mean deit_tiny"),
+        ("--model demo_vit --checkpoint absent.pth", "--checkpoint absent.pth: no such file"),
+        ("--model demo_vit --images absent.safetensors", "--images absent.safetensors: no such file"),
+        ("--model demo_vit --images absent.safetensors --mode 1", "--images: goes with --mode 0"),
+        ("--model demo_vit --dataset absent", "--dataset absent: no such folder"),
+        ("--model deit_tiny --mode 2", "--mode 2 calibrates on real images: expected --dataset"),
+        ("--model demo_vit --device cuda:99", "--device cuda:99"),
+        ("--model demo_vit --output-dir test_quant.py/x", "expected a folder to write to"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(monkeypatch, line, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
+    with pytest.raises(InputError, match=message):
+        run(parse(line.split()))
+
+
+def test_a_data_set_of_other_classes_is_refused_before_generation(tmp_path, image_root, monkeypatch):
+    monkeypatch.setattr(test_quant, "generate_data", lambda *arguments: pytest.fail("generates images"))
+    checkpoint = tmp_path / "seven.pth"
+    torch.save(test_quant.DEMO_MODELS["demo_vit"](num_classes=7).state_dict(), checkpoint)
+    with pytest.raises(InputError, match="expected 7 class folders, as the classifier has; found 50"):
+        quick("--checkpoint", checkpoint, "--dataset", image_root, "--output-dir", tmp_path)
+
+
+def shell(*arguments, **options):
+    command = [sys.executable, "test_quant.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_bad_input_exits_with_two_and_one_line():
+    process = shell("--model", "deit_tny", "--w_bit", 4)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr == "error: unknown model 'deit_tny': did you mean deit_tiny?\n"
+
+
+def test_help_names_every_option_with_its_default():
+    process = shell("--help")
+    assert process.returncode == 0
+    text = " ".join(process.stdout.split())
+    for default in ("(deit_tiny)", "(8)", "(0)", "(32)", "(200)", "(16)", "(100)", "(500)", "(all)"):
+        assert default in text
+    for option in ("--model", "--dataset", "--w_bit", "--w-bit", "--a_bit", "--mode", "--checkpoint", "--images"):
+        assert option in text
+
+
+def test_torchvision_that_does_not_fit_is_told_in_one_line(tmp_path):
+    """A torchvision that fails on import, as one built for another torch does."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    process = shell(env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: torch ") and "do not fit" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path, image_root):
+    command = [sys.executable, "test_quant.py", "--model", "demo_vit", "--dataset", image_root, "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--output-dir", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "demo_vit: W8/A8" in process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+from quant import (
+    UnsupportedModelError,
+    activation_ranges,
+    calibrate,
+    check_calibrated,
+    check_supported,
+    quantize_model,
+)
+
+MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)], ids="w{0[0]}a{0[1]}".format)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_equal_golden(golden, name, bits):
+    data = golden(name)
+    model = MODELS[name](**data["arch"]).eval()
+    model.load_state_dict({key[3:]: value for key, value in data.items() if key.startswith("sd/")})
+    torch.testing.assert_close(model(data["test"]), data["fp_logits"], rtol=0, atol=1e-4)
+
+    calibrate(quantize_model(model, *bits), data["calib"])
+    expected = data["w{}a{}_logits".format(*bits)]
+    noise = (expected - data["fp_logits"]).square().mean().sqrt()
+    assert (model(data["test"]) - expected).square().mean().sqrt() < 0.05 * noise
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ranges_equal_golden(golden, name):
+    """As many quantizers as the published model has, with the same ranges; only the names differ."""
+    data = golden(name)
+    model = MODELS[name](**data["arch"]).eval()
+    model.load_state_dict({key[3:]: value for key, value in data.items() if key.startswith("sd/")})
+    ranges = activation_ranges(calibrate(quantize_model(model), data["calib"]))
+    ours, theirs = sorted(ranges.values()), sorted(map(tuple, data["act_ranges"].values()))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_swapped_model_is_the_float_model_until_calibrated(model):
+    images, names = torch.randn(3, 3, 32, 32), list(model.state_dict())
+    expected = model(images)
+    assert quantize_model(model, 4, 4) is model
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        check_calibrated(model)
+    calibrate(model, images)
+    check_calibrated(model)
+    assert not torch.allclose(model(images), expected, atol=1e-3)
+    assert list(model.state_dict()) == names
+
+
+@torch.no_grad()
+def test_sixteen_bits_are_float(model):
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images)
+    calibrate(quantize_model(model, 16, 16), images)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-4)
+
+
+def test_ranges_do_not_depend_on_the_calibration_batch_size(model):
+    images, other = torch.randn(5, 3, 32, 32), copy.deepcopy(model)
+    whole = activation_ranges(calibrate(quantize_model(model), images, batch_size=5))
+    parts = activation_ranges(calibrate(quantize_model(other), images, batch_size=2))
+    assert whole.keys() == parts.keys()
+    torch.testing.assert_close(torch.tensor(list(whole.values())), torch.tensor(list(parts.values())))
+
+
+def test_calibration_leaves_no_observer_on(model):
+    calibrate(quantize_model(model), torch.randn(2, 3, 32, 32))
+    before = activation_ranges(model)
+    with torch.no_grad():
+        model(100 * torch.randn(2, 3, 32, 32))
+    assert activation_ranges(model) == before
+
+
+def test_calibrating_twice_or_unswapped_is_refused(model):
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(RuntimeError, match="quantize_model"):
+        calibrate(model, images)
+    calibrate(quantize_model(model), images)
+    with pytest.raises(RuntimeError, match="not calibrated before"):
+        calibrate(model, images)
+
+
+def test_calibration_names_what_is_not_finite(model):
+    quantize_model(model)
+    model.get_parameter("head.bias" if hasattr(model, "cls_token") else "head.fc.bias").data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"head\.(fc\.)?act_output"):
+        calibrate(model, torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4, 32])
+def test_bits_out_of_range_are_refused(vit, bits):
+    with pytest.raises(ValueError, match=rf"w_bit: expected 2 to 8.*got {bits}"):
+        quantize_model(vit, w_bit=bits)
+    with pytest.raises(ValueError, match=rf"a_bit: expected 2 to 8.*got {bits}"):
+        quantize_model(vit, a_bit=bits)
+
+
+UNSUPPORTED = {
+    "resnet18": "ResNet",
+    "swinv2_tiny_window8_256": "SwinTransformerV2",
+    "vit_base_patch16_siglip_224": "attn_pool",
+    "vit_giant_patch14_dinov2": r"blocks\.0\.mlp.*GluMlp.*expected Mlp",
+    "vit_base_patch16_18x2_224": r"blocks\.0.*ParallelThingsBlock.*expected Block",
+    "vit_base_r26_s32_224": "patch_embed",
+    "vit_base_patch16_rope_224": "Eva",
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_models_that_are_not_understood_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[name]):
+        quantize_model(model)
+    assert [type(module) for module in model.modules()] == types  # never quantized in part
+
+
+@pytest.mark.parametrize("option", [{"qk_norm": True}, {"scale_attn_norm": True}, {"pos_embed": "none"}], ids=str)
+def test_unknown_parts_of_a_known_model_are_refused(option):
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, **option)
+    with pytest.raises(UnsupportedModelError):
+        check_supported(model)
+
+
+def test_a_subclass_is_not_taken_for_its_parent(vit):
+    class Attention(type(vit.blocks[0].attn)):
+        pass
+
+    vit.blocks[1].attn.__class__ = Attention
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.attn"):
+        check_supported(vit)

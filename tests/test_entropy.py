@@ -1,0 +1,105 @@
+import oracle
+import pytest
+import torch
+
+from generate_data import patch_similarity_entropy, total_variation
+from utils.entropy import patch_similarity
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["vit", "narrow", "swin"])
+def test_entropy_and_gradient_equal_golden(golden, name):
+    data = golden("losses")
+    features = data[f"{name}_attn"].requires_grad_()
+    value = patch_similarity_entropy(features, num_images=4)
+    (gradient,) = torch.autograd.grad(value, features)
+    assert relative(value, data[f"{name}_entropy"]) < 1e-4
+    assert relative(gradient, data[f"{name}_grad"]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 3), (2, 3, 10, 8), (3, 1, 50, 5), (2, 2, 41, 64)], ids=str)
+@pytest.mark.parametrize("windows", [1, 3])
+def test_entropy_and_gradient_equal_oracle(shape, windows):
+    torch.manual_seed(0)
+    B = shape[0]
+    features = torch.randn(B * windows, *shape[1:], requires_grad=True)
+    ours, naive = patch_similarity_entropy(features, B), oracle.entropy(features, B)
+    assert relative(ours, naive) < 1e-4
+    assert relative(torch.autograd.grad(ours, features)[0], torch.autograd.grad(naive, features)[0]) < 1e-4
+
+
+def test_similarities_are_cosines_of_all_pairs_but_token_zero():
+    features = torch.randn(2, 3, 5, 7)
+    similarity = patch_similarity(features, num_images=2)
+    assert similarity.shape == (2, 16)
+    tokens = features.mean(1)[:, 1:]
+    expected = torch.nn.functional.cosine_similarity(tokens[1, 2], tokens[1, 0], dim=0)
+    torch.testing.assert_close(similarity[1].view(4, 4)[2, 0], expected)
+    torch.testing.assert_close(similarity[1].view(4, 4)[0, 2], expected)
+
+
+def test_windows_of_an_image_are_pooled():
+    features = torch.randn(6, 2, 5, 7)
+    separate = patch_similarity(features, num_images=6)
+    assert torch.equal(patch_similarity(features, num_images=2), separate.reshape(2, -1))
+
+
+@pytest.mark.parametrize("features", [torch.zeros(2, 2, 5, 4), torch.ones(2, 2, 5, 4)], ids=["zero", "equal"])
+def test_equal_patches_have_finite_entropy_and_gradient(features):
+    features.requires_grad_()
+    value = patch_similarity_entropy(features, 2)
+    (gradient,) = torch.autograd.grad(value, features)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_half_precision_features_are_compared_in_float32():
+    features = torch.randn(2, 2, 9, 8)
+    half = features.bfloat16()
+    assert patch_similarity(half, 2).dtype == torch.float32
+    torch.testing.assert_close(patch_similarity_entropy(half, 2), patch_similarity_entropy(half.float(), 2))
+
+
+def test_no_temporary_of_all_pairs_and_channels(monkeypatch):
+    """The largest tensor made is far below (B, N, N, d), forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    B, N, d = 2, 129, 64
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                    largest = max(largest, tensor.numel())
+            return result
+
+    features = torch.randn(B, 1, N, d, requires_grad=True)
+    with Watch():
+        torch.autograd.grad(patch_similarity_entropy(features, B), features)
+    assert largest <= B * N * N * d / 4
+
+
+def test_total_variation_equals_golden(golden):
+    data = golden("losses")
+    images = data["image"].requires_grad_()
+    value = total_variation(images)
+    (gradient,) = torch.autograd.grad(value, images)
+    assert relative(value, data["image_prior"]) < 1e-4
+    assert relative(gradient, data["image_prior_grad"]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 5, 4), (1, 3, 3, 7)], ids=str)
+def test_total_variation_equals_oracle(shape):
+    images = torch.randn(shape)
+    torch.testing.assert_close(total_variation(images), oracle.total_variation(images), rtol=1e-5, atol=1e-5)
+
+
+def test_total_variation_of_a_constant_image_has_a_finite_gradient():
+    images = torch.ones(2, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(total_variation(images), images)
+    assert gradient.isfinite().all()

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from utils.errors import InputError
+from utils.images import draw_grid, load_images, save_images
+
+MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+
+
+def test_images_are_read_back_bit_for_bit(tmp_path):
+    images, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
+    picture = save_images(tmp_path / "a.safetensors", MEAN, STD, images, labels=labels, held_out=images[:2].clone())
+    assert picture == tmp_path / "a.png" and picture.is_file()
+    tensors = load_images(tmp_path / "a.safetensors", (8, 8))
+    assert torch.equal(tensors["images"], images) and torch.equal(tensors["labels"], labels)
+    assert torch.equal(tensors["held_out"], images[:2])
+
+
+def test_picture_shows_pixels_not_normalised_values():
+    pixels = torch.zeros(1, 3, 112, 112)
+    pixels[:, 0] = 1.0
+    colours = np.asarray(draw_grid(pixels, [7])).reshape(-1, 3)
+    assert (colours == [255, 0, 0]).all(axis=1).sum() == 112 * 112
+
+
+def test_small_images_are_enlarged_and_rows_have_eight():
+    grid = draw_grid(torch.rand(9, 3, 32, 32), None)
+    assert grid.width > 8 * 112 and 2 * 112 < grid.height < 3 * 112
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"other": torch.zeros(1)}, "expected images of shape .*; got none"),
+        ({"images": torch.zeros(2, 3, 16, 16)}, r"expected images of shape \(N, 3, 8, 8\); got \(2, 3, 16, 16\)"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, r"got \(0, 3, 8, 8\)"),
+        ({"images": torch.full((1, 3, 8, 8), float("nan"))}, "expected finite floats"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, "expected finite floats"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=message):
+        load_images(tmp_path / "a.safetensors", (8, 8))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_images(tmp_path / "absent", (8, 8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"generate_data\.py wrote"):
+        load_images(tmp_path / "a.png", (8, 8))

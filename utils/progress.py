@@ -1,0 +1,11 @@
+"""Progress bars: live in a terminal, a line every half minute in a log file."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:
+    """tqdm, which redraws ten times a second in a terminal and seldom where each redraw is a line of a log."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
