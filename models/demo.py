@@ -9,7 +9,7 @@ from utils.fractals import IMAGE_SIZE, NUM_CLASSES
 def demo_vit(num_classes: int = NUM_CLASSES) -> VisionTransformer:
     """A ViT of 0.7 M parameters on 64 patches of 8x8 pixels."""
     return VisionTransformer(
-        img_size=IMAGE_SIZE, patch_size=8, embed_dim=96, depth=6, num_heads=3, num_classes=NUM_CLASSES
+        img_size=IMAGE_SIZE, patch_size=8, embed_dim=96, depth=6, num_heads=3, num_classes=num_classes
     )
 
 

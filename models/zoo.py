@@ -66,6 +66,7 @@ def build_model(name: str, checkpoint: str | Path | None = None, pretrained: boo
         options["num_classes"] = num_classes
     if name in DEMO_MODELS:
         model = DEMO_MODELS[name](**options)
+        model.pretrained_cfg = {"crop_pct": 1.0}  # images of exactly the model's size, as in its training
     elif pretrained and state is None:
         model = _download(tag, overlay)
     else:

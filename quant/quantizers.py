@@ -57,7 +57,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: tu
     The order matters where a value lies half-way: round(x / s + z), a true division in float32. torch.fake_quantize_*
     multiplies by 1 / s and adds z after rounding, which moves whole steps on each channel's largest weight.
     """
-    q = torch.round(x / scale + zero_point).clamp_(*grid)
+    q = (x / scale).add_(zero_point).round_().clamp_(*grid)  # one new tensor, the rest in place
     return q.sub_(zero_point).mul_(scale)
 
 

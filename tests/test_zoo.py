@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -37,6 +38,13 @@ def test_published_crop_ratio(name, resize):
     first = evaluation_transform(model).transforms[0]
     assert (first.size, first.interpolation.value) == (resize, "bicubic")
     assert data_config(model)["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("name", zoo.DEMO_MODELS)
+def test_demo_models_see_whole_images(name):
+    model = build_model(name)
+    assert evaluation_transform(model)(Image.new("RGB", (64, 64))).shape == (3, 64, 64)
+    assert data_config(model)["crop_pct"] == 1.0 and model.num_classes == 50
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class PairwiseDot(torch.autograd.Function):
     cosine_similarity, but in blocks of rows and once for each unordered pair: (W, N, N, d) never exists.
     """
 
-    BLOCK = 32  # rows
+    BLOCK = 8  # rows
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ class GaussianDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, samples: Tensor, points: Tensor) -> Tensor:
         ctx.save_for_backward(samples, points)
-        density = [_kernel(samples - point).mean(dim=1) for point in points.unbind()]
-        return torch.stack(density, dim=1)  # (B, K)
+        sums = [_kernel(samples - point).sum(dim=1) for point in points.unbind()]
+        return torch.stack(sums, dim=1) / (samples.shape[1] * math.sqrt(2 * math.pi) * BANDWIDTH)  # (B, K)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         samples, points = ctx.saved_tensors
-        slope = grad / (samples.shape[1] * BANDWIDTH**2)  # (B, K)
+        slope = grad / (samples.shape[1] * math.sqrt(2 * math.pi) * BANDWIDTH**3)  # (B, K)
         total = torch.zeros_like(samples)
         for point, weight in zip(points.unbind(), slope.unbind(dim=1), strict=True):
             offset = samples - point
@@ -106,8 +106,8 @@ class GaussianDensity(torch.autograd.Function):
 
 
 def _kernel(offset: Tensor) -> Tensor:
-    scale = 1 / math.sqrt(2 * math.pi * BANDWIDTH**2)
-    return offset.square().mul_(-1 / (2 * BANDWIDTH**2)).exp_().mul_(scale)
+    """exp(-offset^2 / 2h^2), as a power of two: torch.exp is ten times slower on the CPU where the result underflows."""
+    return offset.square().mul_(-math.log2(math.e) / (2 * BANDWIDTH**2)).exp2_()
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The project's git commit, with "+" if files differ from it; None outside a git checkout."""
+    """The project's git commit, with "+" if code or weights differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--", "*.py", "*.txt", "models"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
