@@ -106,7 +106,7 @@ class GaussianDensity(torch.autograd.Function):
 
 
 def _kernel(offset: Tensor) -> Tensor:
-    """exp(-offset^2 / 2h^2), as a power of two: torch.exp is ten times slower on the CPU where the result underflows."""
+    """exp(-offset^2 / 2h^2) as a power of two; where that underflows, torch.exp is ten times slower on a CPU."""
     return offset.square().mul_(-math.log2(math.e) / (2 * BANDWIDTH**2)).exp2_()
 
 
