@@ -48,7 +48,6 @@ def run(options: argparse.Namespace) -> dict:
         if dataset:
             val = Images(dataset, "val", transform, options.limit)
             val.check_classes(model.num_classes)
-    folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))
     print(f"{tag}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]}, {utils.environment.device_name(device)}")
 
     with timed(seconds, "images"):
@@ -58,6 +57,8 @@ def run(options: argparse.Namespace) -> dict:
             }
         else:
             tensors = synthetic_images(model, options, held_out=not dataset)
+        folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))  # only now is there something
+        if options.mode != 2:
             save_images(folder / "images.safetensors", *normalization(model), **tensors)
         images = tensors["images"][: options.calib_batchsize]
     with timed(seconds, "quantize"):

@@ -6,6 +6,7 @@ the initial weights follow from the seed. Both models at once, a thread each, ta
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -29,14 +30,14 @@ from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_rou
 
 ROUNDS = 1200  # of one image a class: 60,000 training images, none of them in data/demo
 MAX_SHIFT = 6  # pixels, the only augmentation
-IMAGES = {"demo_vit": 500_000, "demo_swin": 400_000}  # to train on, repeats counted
+IMAGES = {"demo_vit": 320_000, "demo_swin": 240_000}  # to train on, repeats counted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=IMAGES)
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step (128)")
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the matrices, by Muon (0.02)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step (64)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate (0.001)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of images (0)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -50,24 +51,20 @@ def main() -> None:
     set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
     torch.manual_seed(options.seed)
     model = getattr(demo, options.model)().to(options.device)
-    optimizers = build_optimizers(model, options.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     steps, start = IMAGES[options.model] // options.batch_size, 0
     checkpoint = folder / f"{options.model}_seed{options.seed}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"going on from step {start} of {steps}", flush=True)
 
     began, mean_loss = time.monotonic(), 0.0
-    base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in build_optimizers(model, options.lr)]
     for step in range(start, steps):
-        factor = min(1.0, (step + 1) / 200, (steps - step) / (0.7 * steps))  # warm-up, plateau, linear to zero
-        for optimizer, lrs in zip(optimizers, base_lrs, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * factor
+        factor = min(1.0, (step + 1) / 400, (1 + math.cos(math.pi * step / steps)) / 2)  # warm-up, then cosine to zero
+        optimizer.param_groups[0]["lr"] = options.lr * factor
         images, labels = draw_batch(train, options.batch_size, seed=[options.seed, step])
         images, labels = images.to(options.device), labels.to(options.device)
         model.train()
@@ -75,16 +72,15 @@ def main() -> None:
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         mean_loss = loss.item() if step == start else 0.98 * mean_loss + 0.02 * loss.item()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             rate = (step + 1 - start) * options.batch_size / (time.monotonic() - began)
             print(f"step {step + 1}/{steps}  loss {mean_loss:.3f}  {rate:.0f} images/s", flush=True)
-        if (step + 1) % 400 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             print(f"step {step + 1}/{steps}  val top-1 {top1(model, val, options.device):.2f} %", flush=True)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, draft := checkpoint.with_suffix(".draft"))
             os.replace(draft, checkpoint)
 
@@ -126,20 +122,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W)."""
     mean, std = normalization()
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for all else (embeddings, norms, biases, classifier)."""
-    is_hidden = {
-        name: value.ndim == 2 and not name.startswith("head") and "bias_table" not in name
-        for name, value in model.named_parameters()
-    }
-    hidden = [value for name, value in model.named_parameters() if is_hidden[name]]
-    others = [value for name, value in model.named_parameters() if not is_hidden[name]]
-    return [
-        torch.optim.Muon(hidden, lr=lr, weight_decay=0.02, momentum=0.95),
-        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.99), weight_decay=0.02),
-    ]
 
 
 @torch.inference_mode()

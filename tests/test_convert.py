@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from quant import (
     UnsupportedModelError,
@@ -14,6 +15,7 @@ from quant import (
     check_supported,
     quantize_model,
 )
+from quant.modules import QuantizedWeight
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 
@@ -104,6 +106,34 @@ def test_bits_out_of_range_are_refused(vit, bits):
         quantize_model(vit, w_bit=bits)
     with pytest.raises(ValueError, match=rf"a_bit: expected 2 to 8.*got {bits}"):
         quantize_model(vit, a_bit=bits)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        "deit_base_distilled_patch16_224",
+        "deit_base_patch16_384",
+        "deit3_large_patch16_384",
+        "vit_small_patch16_224",
+        "vit_base_patch32_clip_quickgelu_224",
+        "vit_betwixt_patch16_reg4_gap_256",
+        "vit_so150m_patch16_reg4_map_256",
+        "swin_base_patch4_window7_224",
+        "swin_large_patch4_window12_384",
+        "swin_s3_base_224",
+    ],
+)
+def test_models_of_timm_are_swapped_whole(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        if "map" in name:  # pools with an attention layer that is not understood
+            with pytest.raises(UnsupportedModelError, match="attn_pool"):
+                quantize_model(model)
+            return
+        quantize_model(model)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    assert layers and all(isinstance(layer, QuantizedWeight) for layer in layers)
 
 
 UNSUPPORTED = {

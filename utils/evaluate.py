@@ -46,7 +46,7 @@ def evaluate(
                 bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})
     results: dict[str, float | int | list] = {"n": count, "unreadable": unreadable}
     for name, hits in correct.items():
-        top1, top5 = (100 * hits / max(count, 1)).tolist()
+        top1, top5 = (100 * hit / max(count, 1) for hit in hits.tolist())
         results |= {f"{name}_top1": top1, f"{name}_top5": top5}
     return results
 
