@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer, WindowAttention
-from timm.models.vision_transformer import Attention
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from models import build_model, model_tag, normalization
+from utils.attention import attention_outputs, layer_entropies
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
 from utils.options import Parser, add_common_options, pick_device, positive
+from utils.plots import plot_generation, require_matplotlib
 from utils.progress import progress_bar
 from utils.seeds import stream
 
@@ -57,6 +57,7 @@ def generate_data(
     seed: int = 0,
     settings: GenerationSettings | None = None,
     progress: bool = True,
+    losses: list[list[float]] | None = None,
 ) -> Tensor:
     """Optimise Gaussian noise into images for `model`.
 
@@ -68,6 +69,7 @@ def generate_data(
         seed: of noise, labels, jitter and TV target; the same seed gives the same images on one device.
         settings: None for the published ones.
         progress: show a bar with the terms of the loss.
+        losses: a list that each step extends by its [L_PSE, L_OH, L_TV].
 
     Returns:
         (num_images, 3, H, W) on the CPU: normalised pixels of the model's input size, all within the valid range.
@@ -80,7 +82,8 @@ def generate_data(
     batches = draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)
     steps = len(batches) * settings.rounds * settings.steps
     with frozen(model), progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar:
-        return torch.cat([_optimise(model, labels, seed, i, settings, bar) for i, labels in enumerate(batches)])
+        losses = [] if losses is None else losses
+        return torch.cat([_optimise(model, labels, seed, i, settings, bar, losses) for i, labels in enumerate(batches)])
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -97,7 +100,7 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
 
 
 def _optimise(
-    model: nn.Module, labels: Tensor, seed: int, batch: int, settings: GenerationSettings, bar: tqdm
+    model: nn.Module, labels: Tensor, seed: int, batch: int, settings: GenerationSettings, bar: tqdm, losses: list
 ) -> Tensor:
     """Generate one batch, an image a label."""
     device, size = next(model.parameters()).device, model.patch_embed.img_size
@@ -140,43 +143,20 @@ def _optimise(
                 recent.append(torch.stack(list(terms.values())).detach())
                 bar.update()
                 if len(recent) == 10 or step + 1 == settings.steps:  # seldom: reading them waits for the device
-                    _show(list(terms), recent, turn * settings.steps + step + 1, bar)
+                    losses += _read(list(terms), recent, turn * settings.steps + step + 1, bar)
                     recent.clear()
     return images.detach().cpu()
 
 
-def _show(names: list[str], recent: list[Tensor], last_step: int, bar: tqdm) -> None:
-    """Show the last of the `recent` steps' terms in the bar; stop at the first that is not finite."""
-    for step, values in enumerate(torch.stack(recent).tolist(), start=last_step - len(recent) + 1):
-        for name, value in zip(names, values, strict=True):
+def _read(names: list[str], recent: list[Tensor], last_step: int, bar: tqdm) -> list[list[float]]:
+    """Read the terms of the `recent` steps; show the last in the bar, and stop at the first that is not finite."""
+    rows = torch.stack(recent).tolist()
+    for step, row in enumerate(rows, start=last_step - len(rows) + 1):
+        for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} became {value} at step {step}; expected finite losses")
-    bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, values, strict=True)})
-
-
-@contextmanager
-def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context each forward pass appends softmax(QK^T) V of every attention layer, (B*W, h, N, d), in order.
-
-    It is read where heads are merged, as the input of the projection, so that fused attention stays usable.
-    """
-    layers = [module for module in model.modules() if isinstance(module, (Attention, WindowAttention))]
-    if not layers:
-        raise TypeError(f"expected attention of timm's ViT or Swin; {type(model).__name__} has none")
-    outputs: list[Tensor] = []
-
-    def hook(layer: nn.Module) -> RemovableHandle:
-        def keep(projection: nn.Module, inputs: tuple[Tensor]) -> None:
-            outputs.append(inputs[0].unflatten(2, (layer.num_heads, -1)).transpose(1, 2))  # (B*W, h, N, d)
-
-        return layer.proj.register_forward_pre_hook(keep)
-
-    handles = [hook(layer) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, rows[-1], strict=True)})
+    return rows
 
 
 @contextmanager
@@ -190,6 +170,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def plot_losses(path: Path, model: nn.Module, images: Tensor, seed: int, losses: list[list[float]]) -> None:
+    """Draw how `images` came about: the terms of the loss, and the entropies of the noise and of the images."""
+    noise = torch.randn(images.shape, generator=stream(seed, "noise"))
+    plot_generation(path, torch.tensor(losses), layer_entropies(model, noise), layer_entropies(model, images))
 
 
 def main() -> None:
@@ -208,13 +194,18 @@ def main() -> None:
     model_tag(options.model)
     if options.output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name that ends in .safetensors; got {options.output}")
+    if options.plots:
+        require_matplotlib()
     device = pick_device(options.device)
     check_writable(options.output.parent)
     model = build_model(options.model, options.checkpoint).to(device)
 
-    images = generate_data(model, options.num_images, options.seed, replace(GenerationSettings(), steps=options.steps))
+    settings, losses = replace(GenerationSettings(), steps=options.steps), []
+    images = generate_data(model, options.num_images, options.seed, settings, losses=losses)
     labels = draw_labels(options.num_images, model.num_classes, options.seed)
     picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+    if options.plots:
+        plot_losses(options.output.with_suffix(".losses.png"), model, images, options.seed, losses)
     print(f"{len(images)} images: {options.output}, and to look at: {picture}")
 
 

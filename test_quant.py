@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from generate_data import GenerationSettings, draw_labels, generate_data
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
-from quant import activation_ranges, calibrate, quantize_model
+from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
+from quant.quantizers import FLOAT_BITS
 from utils.data import Images, check_dataset, draw_images
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare, evaluate
@@ -30,107 +31,69 @@ from utils.files import check_writable, new_run_folder, write_json
 from utils.fractals import write_demo_data
 from utils.images import load_images, save_images
 from utils.options import Parser, add_common_options, available_cores, bit_width, pick_device, positive
+from utils.plots import plot_run, require_matplotlib
 from utils.seeds import stream
 
 ROOT = Path(__file__).resolve().parent
-MODES = {0: "generated images", 1: "Gaussian noise", 2: "real images"}
+MODES = {0: "generated", 1: "noise", 2: "real"}
 HELD_OUT = 32  # generated images to compare the two models on where there is no data set
 HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 
 
 def run(options: argparse.Namespace) -> dict:
     """Quantize a model, evaluate it, and leave a folder with the results; returns what results.json holds."""
-    device, tag, dataset = check_options(options)
+    device, dataset = check_options(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "build"):
         model = build_model(options.model, options.checkpoint).to(device)
-        transform = evaluation_transform(model)
-        if dataset:
-            val = Images(dataset, "val", transform, options.limit)
-            val.check_classes(model.num_classes)
-    print(f"{tag}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]}, {utils.environment.device_name(device)}")
+        images = open_images(dataset, model, options)
+    with timed(seconds, "quantize"):
+        quantized = swap_layers(model, options)
+    print(headline(options, device))
 
+    losses: list[list[float]] = []
     with timed(seconds, "images"):
-        if options.mode == 2:
-            tensors = {
-                "images": draw_images(Images(dataset, "train", transform), options.calib_batchsize, options.seed)
-            }
-        else:
-            tensors = synthetic_images(model, options, held_out=not dataset)
+        tensors = calibration_images(model, images, options, losses)
         folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))  # only now is there something
         if options.mode != 2:
             save_images(folder / "images.safetensors", *normalization(model), **tensors)
-        images = tensors["images"][: options.calib_batchsize]
-    with timed(seconds, "quantize"):
-        quantized = quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit)
     with timed(seconds, "calibrate"):
-        calibrate(quantized, images)
+        calibrate(quantized, tensors["images"])
         write_json(folder / "ranges.json", activation_ranges(quantized))
     with timed(seconds, "evaluate"):
         torch.backends.cudnn.allow_tf32 = False  # the headline numbers are float32's
-        if dataset:
+        if "val" in images:
             workers = min(options.num_workers, available_cores())
-            loader = DataLoader(val, options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda")
+            loader = DataLoader(
+                images["val"], options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda"
+            )
             measured = evaluate({"float": model, "quantized": quantized}, loader, options.print_freq)
         else:
             measured = compare(model, quantized, tensors["held_out"])
 
-    results = {
-        "model": options.model,
-        "tag": tag,
-        "w_bit": options.w_bit,
-        "a_bit": options.a_bit,
-        "mode": options.mode,
-        "seed": options.seed,
-        "n": measured.get("n", 0),
-        "top1": measured.get("quantized_top1"),
-        "top5": measured.get("quantized_top5"),
-        "float_top1": measured.get("float_top1"),
-        "float_top5": measured.get("float_top5"),
-        "agreement": measured.get("agreement"),
-        "logit_error": measured.get("logit_error"),
-        "unreadable": measured.get("unreadable", []),
-        "calibration_images": len(images),
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "device": utils.environment.device_name(device),
-        "versions": utils.environment.versions(),
-        "commit": utils.environment.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-    }
+    results = collect(options, device, seconds, quantized, measured, len(tensors["images"]))
     write_json(folder / "results.json", results)
     print(report(results), f"results: {folder}", sep="\n")
+    if options.plots:
+        kinds = {
+            "noise": draw_noise(model, len(tensors["images"]), options.seed),
+            MODES[options.mode]: tensors["images"],
+        }
+        if "train" in images:
+            kinds["real"] = draw_images(images["train"], len(tensors["images"]), options.seed)
+        plot_run(folder, model, quantized, kinds, tensors["images"], losses)
     if results["unreadable"] and not options.skip_bad:
-        some = ", ".join(results["unreadable"][:5])
-        raise InputError(
-            f"{len(results['unreadable'])} images are not readable ({some}); leave them out with --skip-bad"
-        )
+        count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
+        raise InputError(f"{count} images are not readable ({some}); leave them out with --skip-bad")
     return results
 
 
-def synthetic_images(model: nn.Module, options: argparse.Namespace, held_out: bool) -> dict[str, Tensor]:
-    """Calibration images that need no data set: from a file, generated (mode 0) or noise (mode 1).
-
-    With `held_out` there are as well generated images of another seed, to compare the two models on.
-    """
-    size, count, seed = model.patch_embed.img_size, options.calib_batchsize, options.seed
-    settings = replace(GenerationSettings(), steps=options.steps)
-    if options.images:
-        tensors = load_images(options.images, size)
-    elif options.mode == 0:
-        tensors = {"images": generate_data(model, count, seed, settings)}
-        tensors["labels"] = draw_labels(count, model.num_classes, seed)
-    else:
-        tensors = {"images": torch.randn(count, 3, *size, generator=stream(seed, "noise"))}
-    if held_out and "held_out" not in tensors:
-        print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
-        tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings)
-    return tensors
-
-
-def check_options(options: argparse.Namespace) -> tuple[torch.device, str, Path | None]:
-    """Refuse what cannot work before any work is done; returns the device, the model's tag and the data set's root."""
-    tag, device = model_tag(options.model), pick_device(options.device)
+def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | None]:
+    """Refuse what cannot work before any work is done; returns the device and the data set's root."""
+    model_tag(options.model)
+    device = pick_device(options.device)
+    if options.plots:
+        require_matplotlib()
     if options.images and options.mode != 0:
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
     for option, file in (("--images", options.images), ("--checkpoint", options.checkpoint)):
@@ -144,7 +107,99 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, str, Path 
         check_dataset(dataset, ["val", "train"] if options.mode == 2 else ["val"])
     elif options.mode == 2:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
-    return device, tag, dataset
+    return device, dataset
+
+
+def open_images(dataset: Path | None, model: nn.Module, options: argparse.Namespace) -> dict[str, Images]:
+    """The splits of the data set that the run needs: val, and train for real images; none without a data set."""
+    if not dataset:
+        return {}
+    transform = evaluation_transform(model)
+    images = {"val": Images(dataset, "val", transform, options.limit)}
+    images["val"].check_classes(model.num_classes)
+    if options.mode == 2 or (options.plots and (dataset / "train").is_dir()):
+        images["train"] = Images(dataset, "train", transform)
+    return images
+
+
+def swap_layers(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
+    try:
+        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers)
+    except ValueError as error:
+        raise InputError(f"--skip-layers: {error}") from error
+
+
+def calibration_images(
+    model: nn.Module, images: dict[str, Images], options: argparse.Namespace, losses: list[list[float]]
+) -> dict[str, Tensor]:
+    """The images of the run's mode, (calib_batchsize, 3, H, W), with the labels that they were generated for.
+
+    Where there is no data set, `held_out` are generated images of another seed, to compare the two models on.
+    """
+    count, seed = options.calib_batchsize, options.seed
+    settings = replace(GenerationSettings(), steps=options.steps)
+    if options.images:
+        tensors = load_images(options.images, model.patch_embed.img_size)
+        tensors |= {name: tensors[name][:count] for name in ("images", "labels") if name in tensors}
+    elif options.mode == 0:
+        tensors = {"images": generate_data(model, count, seed, settings, losses=losses)}
+        tensors["labels"] = draw_labels(count, model.num_classes, seed)
+    elif options.mode == 1:
+        tensors = {"images": draw_noise(model, count, seed)}
+    else:
+        tensors = {"images": draw_images(images["train"], count, seed)}
+    if "val" not in images and "held_out" not in tensors:
+        print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
+        tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings)
+    return tensors
+
+
+def draw_noise(model: nn.Module, count: int, seed: int) -> Tensor:
+    """Gaussian noise N(0, 1) of the model's input size: (count, 3, H, W)."""
+    return torch.randn(count, 3, *model.patch_embed.img_size, generator=stream(seed, "noise"))
+
+
+def collect(
+    options: argparse.Namespace,
+    device: torch.device,
+    seconds: dict[str, float],
+    quantized: nn.Module,
+    measured: dict,
+    calibration_images: int,
+) -> dict:
+    """What results.json holds; accuracies are None where they were not measured."""
+    skipped = [name for name, bits in quantizer_bits(quantized).items() if bits == FLOAT_BITS]
+    return {
+        "model": options.model,
+        "tag": model_tag(options.model),
+        "w_bit": options.w_bit,
+        "a_bit": options.a_bit,
+        "mode": options.mode,
+        "seed": options.seed,
+        "n": measured.get("n", 0),
+        "top1": measured.get("quantized_top1"),
+        "top5": measured.get("quantized_top5"),
+        "float_top1": measured.get("float_top1"),
+        "float_top5": measured.get("float_top5"),
+        "agreement": measured.get("agreement"),
+        "logit_error": measured.get("logit_error"),
+        "skipped": skipped if options.skip_layers else [],
+        "unreadable": measured.get("unreadable", []),
+        "calibration_images": calibration_images,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "device": utils.environment.device_name(device),
+        "versions": utils.environment.versions(),
+        "commit": utils.environment.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+    }
+
+
+def headline(options: argparse.Namespace, device: torch.device) -> str:
+    """What is about to be done."""
+    where = utils.environment.device_name(device)
+    return f"{model_tag(options.model)}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]} images, {where}"
 
 
 def run_name(options: argparse.Namespace) -> str:
@@ -165,8 +220,9 @@ def report(results: dict) -> str:
     rows = [("", "top-1 %", "top-5 %")]
     for name, prefix in (("float", "float_"), (f"W{results['w_bit']}/A{results['a_bit']}", "")):
         rows.append((name, f"{results[prefix + 'top1']:.2f}", f"{results[prefix + 'top5']:.2f}"))
+    skipped = f"\n{len(results['skipped'])} quantizers left in float" if results["skipped"] else ""
     table = "\n".join(f"{name:<8}{top1:>9}{top5:>9}" for name, top1, top5 in rows)
-    return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}"
+    return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
 
 
 @contextmanager
@@ -192,6 +248,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
     add("--limit", type=positive, metavar="N", help="evaluate on the first N validation images, in folder order (all)")
     add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
+    add(
+        "--skip-layers",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="quantizers left in float, as 'blocks.0.*' (none)",
+    )
     add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
     add("--num-workers", type=int, default=16, metavar="N", help="processes that decode, at most one a core (16)")

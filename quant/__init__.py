@@ -7,6 +7,7 @@ from quant.convert import (
     check_calibrated,
     check_supported,
     quantize_model,
+    quantizer_bits,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "check_calibrated",
     "check_supported",
     "quantize_model",
+    "quantizer_bits",
 ]

@@ -1,7 +1,8 @@
 """Swap, calibrate, freeze: a float timm model becomes a quantized one, in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from timm import layers as timm_layers
@@ -9,7 +10,7 @@ from timm.models import deit, swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 from quant import modules, swin, vit
-from quant.quantizers import BIT_WIDTHS
+from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 
 # Exact types, not subclasses: what is not in one of these tables may compute something that is not quantized here.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -72,7 +73,7 @@ def check_supported(model: nn.Module) -> None:
             raise UnsupportedModelError("expected a class token or average pooling; the model has neither")
 
 
-def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8) -> nn.Module:
+def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Sequence[str] = ()) -> nn.Module:
     """Swap the layers of a timm ViT, DeiT or Swin for quantized ones, in place; returns the model.
 
     Until `calibrate` is called the model gives its float logits. The names of its state dict never change.
@@ -80,9 +81,11 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8) -> nn.Modul
     Args:
         model: in evaluation mode afterwards.
         w_bit, a_bit: 2 to 8 for weights and activations; 16 leaves them in float.
+        skip: patterns such as "blocks.0.*" or "*.act_scores"; quantizers, named as in `quantizer_bits`, that match
+            one of them stay in float.
 
     Raises:
-        ValueError: a bit width out of range.
+        ValueError: a bit width out of range, or a pattern that matches nothing.
         UnsupportedModelError: a part of the model is not understood; the model is untouched.
     """
     for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
@@ -104,7 +107,26 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8) -> nn.Modul
         for name in FLOAT_OUTPUTS.get(type(module), ()):
             if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
                 layer.act_output = nn.Identity()
+    names = list(quantizer_bits(model))
+    for pattern in skip:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
+        for name in matching:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            setattr(module, "w_bit" if name.endswith(".weight") else "bits", FLOAT_BITS)
     return model
+
+
+def quantizer_bits(model: nn.Module) -> dict[str, int]:
+    """Bits of every quantizer of a swapped model by name: activations, and weights as name.weight."""
+    bits = {}
+    for name, module in model.named_modules():
+        if isinstance(module, modules.QuantAct):
+            bits[name] = module.bits
+        elif isinstance(module, modules.QuantizedWeight):
+            bits[f"{name}.weight"] = module.w_bit
+    return bits
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from generate_data import attention_outputs
 from models import build_model, evaluation_transform, normalization
+from utils.attention import attention_outputs
 from utils.data import Images
 from utils.entropy import GaussianDensity, patch_similarity, patch_similarity_entropy
 from utils.errors import exit_cleanly

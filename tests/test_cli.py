@@ -170,3 +170,37 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path, image_root):
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+def test_plots_are_drawn(tmp_path, image_root):
+    pytest.importorskip("matplotlib")
+    quick("--dataset", image_root, "--output-dir", tmp_path, "--plots")
+    for name in ("generation.png", "ranges.png", "noise.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_plots_without_matplotlib_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
+    with pytest.raises(InputError, match=r"--plots needs matplotlib: pip install -r requirements-plots\.txt"):
+        quick("--plots")
+
+
+def test_skipped_layers_are_reported(tmp_path, image_root, capsys):
+    arguments = [
+        "--dataset",
+        image_root,
+        "--output-dir",
+        tmp_path,
+        "--mode",
+        1,
+        "--skip-layers",
+        "blocks.0.*",
+        "head.*",
+    ]
+    results = quick(*arguments)
+    assert "head.weight" in results["skipped"] and "blocks.0.act_residual1" in results["skipped"]
+    assert not any(name.startswith("blocks.1") for name in results["skipped"])
+    assert f"{len(results['skipped'])} quantizers left in float" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--skip-layers: 'nothing' matches no quantizer"):
+        quick(*arguments[:6], "--skip-layers", "nothing")

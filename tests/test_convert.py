@@ -14,6 +14,7 @@ from quant import (
     check_calibrated,
     check_supported,
     quantize_model,
+    quantizer_bits,
 )
 from quant.modules import QuantizedWeight
 
@@ -171,3 +172,30 @@ def test_a_subclass_is_not_taken_for_its_parent(vit):
     vit.blocks[1].attn.__class__ = Attention
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.attn"):
         check_supported(vit)
+
+
+@torch.no_grad()
+def test_skipped_quantizers_stay_float(model):
+    quantize_model(model, 4, 4, skip=["*fc1.weight", "*.act_scores"])
+    images, weight = torch.randn(4, 3, 32, 32), dict(model.named_parameters())
+    before = {name: value.clone() for name, value in weight.items()}
+    calibrate(model, images)
+    for name in quantizer_bits(model):
+        skipped = name.endswith(("fc1.weight", ".act_scores"))
+        if name.endswith(".weight"):
+            assert torch.equal(weight[name], before[name]) == skipped, name
+        else:
+            assert (model.get_submodule(name).scale is None) == skipped, name
+
+
+@torch.no_grad()
+def test_skipping_everything_is_the_float_model(model):
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    calibrate(quantize_model(model, 2, 2, skip=["*"]), images)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(vit):
+    with pytest.raises(ValueError, match=r"'blocks\.9\.\*' matches no quantizer; there are patch_embed"):
+        quantize_model(vit, skip=["blocks.9.*"])

@@ -6,8 +6,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import generate_data as generation
-from generate_data import GenerationSettings, attention_outputs, draw_labels, generate_data, learning_rate_factor
+from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
 from models import normalization
+from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy, total_variation
 
 QUICK = GenerationSettings(steps=5)
@@ -87,26 +88,6 @@ def test_optimisation_raises_entropy_and_approaches_the_labels(vit):
     assert total_variation(images) < total_variation(noise)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_attention_outputs_are_softmax_qk_v(vit, fused):
-    attention = vit.blocks[1].attn
-    attention.fused_attn = fused
-    kept = {}
-    attention.register_forward_hook(lambda module, inputs, output: kept.update(x=inputs[0], y=output))
-    with torch.no_grad(), attention_outputs(vit) as outputs:
-        vit(torch.randn(2, 3, 32, 32))
-        qkv = attention.qkv(kept["x"]).reshape(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
-        expected = torch.softmax(qkv[0] @ qkv[1].transpose(2, 3) / 4, dim=3) @ qkv[2]
-    assert len(outputs) == 2
-    torch.testing.assert_close(outputs[1], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_without_attention_is_refused():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-    with pytest.raises(TypeError, match="attention"), attention_outputs(model):
-        pass
-
-
 def test_a_term_that_is_not_finite_stops_with_its_name(vit):
     vit.head.bias.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="L_OH became nan at step 1;"):
@@ -115,21 +96,17 @@ def test_a_term_that_is_not_finite_stops_with_its_name(vit):
 
 def test_tv_target_and_jitter_scale_with_size(vit, monkeypatch):
     """32x32 pixels: offsets up to 2, then 4; two images: the published target times sqrt(2 * 32^2 / (32 * 224^2))."""
-    offsets, targets = [], []
+    offsets, losses = [], []
     roll = torch.Tensor.roll
     monkeypatch.setattr(torch.Tensor, "roll", lambda x, shift, dims: offsets.append(shift) or roll(x, shift, dims))
-    monkeypatch.setattr(
-        generation,
-        "_show",
-        lambda names, recent, last_step, bar: targets.append(dict(zip(names, recent[0].tolist(), strict=True))),
-    )
     monkeypatch.setattr(generation, "total_variation", lambda x: 0 * x.sum())
-    generate_data(vit, 2, settings=GenerationSettings(steps=60), progress=False)
+    generate_data(vit, 2, settings=GenerationSettings(steps=60), progress=False, losses=losses)
+    assert len(losses) == 120
     assert all(down == right for down, right in offsets)
     assert {down for down, _ in offsets[:60]} == set(range(-2, 3))
     assert {down for down, _ in offsets[60:]} == set(range(-4, 5))
     scale = (2 * 32 * 32 / (32 * 224 * 224)) ** 0.5
-    assert 2500 * scale <= targets[0]["L_TV"] <= 3000 * scale
+    assert 2500 * scale <= losses[0][2] <= 3000 * scale
 
 
 def test_command_line_writes_images_and_a_picture(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --checkpoint, --seed, --steps and --device."""
+    """Add --model, --checkpoint, --seed, --steps, --plots and --device."""
     parser.add_argument(
         "--model",
         default="deit_tiny",
@@ -37,6 +37,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, default=500, metavar="N", help="optimisation steps in each of the two rounds (500)"
     )
+    parser.add_argument("--plots", action="store_true", help="draw plots of the run (needs requirements-plots.txt)")
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps (cuda if there is one, else cpu)")
 
 

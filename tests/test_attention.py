@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from utils.attention import attention_outputs, layer_entropies
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_attention_outputs_are_softmax_qk_v(vit, fused):
+    attention = vit.blocks[1].attn
+    attention.fused_attn = fused
+    kept = {}
+    attention.register_forward_hook(lambda module, inputs, output: kept.update(x=inputs[0], y=output))
+    with torch.no_grad(), attention_outputs(vit) as outputs:
+        vit(torch.randn(2, 3, 32, 32))
+        qkv = attention.qkv(kept["x"]).reshape(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        expected = torch.softmax(qkv[0] @ qkv[1].transpose(2, 3) / 4, dim=3) @ qkv[2]
+    assert len(outputs) == 2
+    torch.testing.assert_close(outputs[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_attention_is_refused():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    with pytest.raises(TypeError, match="attention"), attention_outputs(model):
+        pass
+
+
+def test_hooks_are_gone_afterwards(model):
+    with pytest.raises(KeyError), attention_outputs(model) as outputs:
+        model(torch.randn(2, 3, 32, 32))
+        raise KeyError
+    count = len(outputs)
+    model(torch.randn(2, 3, 32, 32))
+    assert len(outputs) == count
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_layer_entropies_has_one_value_a_layer(swin):
+    entropies = layer_entropies(swin, torch.randn(3, 3, 32, 32))
+    assert len(entropies) == 4 and all(isinstance(value, float) for value in entropies)
