@@ -26,7 +26,7 @@ from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
-from utils.options import Parser, add_common_options, pick_device, positive
+from utils.options import Parser, add_generation_options, add_model_options, pick_device, positive
 from utils.plots import plot_generation, require_matplotlib
 from utils.progress import progress_bar
 from utils.seeds import stream
@@ -180,7 +180,8 @@ def plot_losses(path: Path, model: nn.Module, images: Tensor, seed: int, losses:
 
 def main() -> None:
     parser = Parser(description="Generate images from a vision transformer, with no data.")
-    add_common_options(parser)
+    add_model_options(parser)
+    add_generation_options(parser)
     add = parser.add_argument
     add("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
     add(

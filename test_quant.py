@@ -30,7 +30,15 @@ from utils.evaluate import compare, evaluate
 from utils.files import check_writable, new_run_folder, write_json
 from utils.fractals import write_demo_data
 from utils.images import load_images, save_images
-from utils.options import Parser, add_common_options, available_cores, bit_width, pick_device, positive
+from utils.options import (
+    Parser,
+    add_generation_options,
+    add_model_options,
+    available_cores,
+    bit_width,
+    pick_device,
+    positive,
+)
 from utils.plots import plot_run, require_matplotlib
 from utils.seeds import stream
 
@@ -236,7 +244,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy.")
-    add_common_options(parser)
+    add_model_options(parser)
+    add_generation_options(parser)
     add = parser.add_argument
     add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
     add("--w_bit", "--w-bit", type=bit_width, default=8, metavar="BITS", help="weights: 2 to 8, or 16 for float (8)")

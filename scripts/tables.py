@@ -7,8 +7,8 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from rows import read_rows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"

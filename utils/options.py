@@ -18,8 +18,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --checkpoint, --seed, --steps, --plots and --device."""
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --checkpoint and --device."""
     parser.add_argument(
         "--model",
         default="deit_tiny",
@@ -33,12 +33,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights from a local .pth or .safetensors file, also the DeiT and Swin authors' own (timm's, downloaded)",
     )
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps (cuda if there is one, else cpu)")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Add --seed, --steps and --plots."""
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of all that is drawn at random (0)")
     parser.add_argument(
         "--steps", type=positive, default=500, metavar="N", help="optimisation steps in each of the two rounds (500)"
     )
     parser.add_argument("--plots", action="store_true", help="draw plots of the run (needs requirements-plots.txt)")
-    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps (cuda if there is one, else cpu)")
 
 
 def pick_device(name: str | None) -> torch.device:

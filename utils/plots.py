@@ -46,7 +46,7 @@ def plot_generation(path: Path, losses: Tensor, before: list[float], after: list
     axes[3].bar(layers + 0.2, after, 0.4, color=COLOURS["generated"], label="generated")
     axes[3].axhline(0, color=MUTED, linewidth=0.5)
     axes[3].set(title="entropy $H_l$ of each layer", xlabel="attention layer")
-    axes[3].legend(frameon=False)
+    axes[3].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.12), ncols=2)
     _save(figure, path)
 
 
@@ -57,18 +57,24 @@ def plot_ranges(path: Path, ranges: dict[str, dict[str, tuple[float, float]]]) -
         ranges: by kind ("noise", "generated", "real"), then by the quantizer's name.
     """
     plt = require_matplotlib()
-    places = _by_place(list(next(iter(ranges.values()))))
-    figure, axes = _grid(plt, len(places))
-    width = 0.8 / len(ranges)
+    places, columns = _by_place(list(next(iter(ranges.values())))), 5
+    rows = -(-len(places) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(12, 1.9 * rows), layout="constrained", squeeze=False)
+    axes, width = axes.flatten().tolist(), 0.8 / len(ranges)
+    for axis in axes[len(places) :]:
+        axis.set_axis_off()
     for axis, (place, names) in zip(axes, places.items(), strict=False):
+        axis.use_sticky_edges = False  # bars would end at the frame and look cut off
         for index, (kind, by_name) in enumerate(ranges.items()):
             low, high = torch.tensor([by_name[name] for name in names]).T
             x = torch.arange(1, len(names) + 1) + (index - (len(ranges) - 1) / 2) * width
-            axis.bar(x, high - low, width * 0.85, bottom=low, color=COLOURS[kind], label=kind)
+            axis.bar(x, high - low, width * 0.85, bottom=low, color=COLOURS[kind], label=f"{kind} images")
         axis.axhline(0, color=MUTED, linewidth=0.5)
-        axis.set_title(place)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=6))
-    axes[0].legend(frameon=False)
+        axis.autoscale_view()
+        axis.set(title=place, xticks=[])
+        if len(names) > 1:
+            axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=6))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ranges), frameon=False)
     figure.supxlabel("block", fontsize=9)
     _save(figure, path)
 
@@ -76,15 +82,18 @@ def plot_ranges(path: Path, ranges: dict[str, dict[str, tuple[float, float]]]) -
 def plot_noise(path: Path, decibels: dict[str, float]) -> None:
     """Draw the signal-to-noise ratio (dB) at the output of every layer of the quantized model."""
     plt = require_matplotlib()
-    places = _by_place(list(decibels))
-    figure, axes = _grid(plt, len(places))
-    for axis, (place, names) in zip(axes, places.items(), strict=False):
-        axis.plot(range(1, len(names) + 1), [decibels[name] for name in names], "o-", color=COLOURS["generated"], ms=3)
-        axis.set_title(place)
-        axis.set_ylim(min(0, *decibels.values()), max(decibels.values()) * 1.05)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=6))
-    figure.supylabel("signal-to-noise ratio (dB), higher is better", fontsize=9)
-    figure.supxlabel("block", fontsize=9)
+    names, places = list(decibels), _by_place(list(decibels))
+    figure, axis = plt.subplots(figsize=(12, 3.4), layout="constrained")
+    axis.plot(range(len(names)), decibels.values(), color=MUTED, linewidth=0.6, zorder=1)
+    for place, members in places.items():
+        axis.plot([names.index(name) for name in members], [decibels[name] for name in members], "o", ms=5, label=place)
+    worst = min(decibels, key=decibels.get)
+    axis.annotate(
+        worst, (names.index(worst), decibels[worst]), xytext=(0, -14), textcoords="offset points", ha="center"
+    )
+    axis.set(xlabel="layer, from input to output", ylabel="signal-to-noise ratio (dB)", xticks=[])
+    axis.margins(y=0.2)
+    figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
 
@@ -136,7 +145,7 @@ def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Te
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: outputs.__setitem__(name, output.float().cpu())
+        return lambda module, inputs, output: outputs.__setitem__(name, output.float().flatten().cpu())
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
@@ -154,16 +163,6 @@ def _by_place(names: list[str]) -> dict[str, list[str]]:
         place = re.sub(r"^(layers\.\d+\.)?blocks\.\d+\.|^layers\.\d+\.", "", name).removesuffix(".act_output")
         places.setdefault(place, []).append(name)
     return dict(sorted(places.items(), key=lambda item: (len(item[1]) == 1, names.index(item[1][0]))))
-
-
-def _grid(plt: Any, count: int) -> tuple[Any, list]:
-    columns = 5
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(12, 1.9 * rows), layout="constrained", squeeze=False)
-    axes = axes.flatten().tolist()
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return figure, axes[:count]
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The scripts around the method: rows, tables, sweeps, sensitivity."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant import quantize_model, quantizer_bits
+from scripts import rows, sensitivity, tables
+
+ROOT = Path(tables.__file__).resolve().parent.parent
+
+
+def row(**values):
+    base = {"model": "demo_vit", "w_bit": "8", "a_bit": "8", "mode": "0", "seed": "0", "n": "10", "top1": "50.0"}
+    return {**dict.fromkeys(rows.COLUMNS, ""), **base, "steps": "500", **values}
+
+
+def test_rows_are_appended_and_a_repeated_run_replaces_its_failure(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    assert rows.read_rows(path) == []
+    for values in ({"error": "out, of\nmemory", "top1": ""}, {"seed": "1"}, {"top1": "60.0"}):
+        rows.append_row(path, row(**values))
+    first, second = rows.read_rows(path)
+    assert (first["seed"], first["top1"], first["error"]) == ("0", "60.0", "")
+    assert second["seed"] == "1"
+
+
+def test_cells_are_mean_and_standard_deviation_over_seeds():
+    data = [row(seed=str(seed), top1=str(top1)) for seed, top1 in enumerate((50, 52, 54))]
+    data.append(row(seed="3", top1="", error="failed"))
+    assert tables.cell(data, "demo_vit", "8", "8", "0") == "52.00 ± 2.00"
+    assert tables.cell(data[:1], "demo_vit", "8", "8", "0") == "50.00"
+    assert tables.cell(data, "demo_vit", "8", "8", "1") == "not run"
+
+
+def test_paper_table_has_the_difference_where_there_is_a_run():
+    data = [row(model="deit_tiny", w_bit="4", top1="65.00")]
+    lines = tables.paper_table(data).splitlines()
+    assert len(lines) == 2 + 10 + 2
+    assert lines[2].endswith("| not run | not run | 65.00 | -0.57 |") and "| 65.57 |" in lines[2]
+    assert lines[3].endswith("| not run | not run | not run | - |")
+
+
+def test_readme_shows_what_the_rows_say():
+    process = subprocess.run([sys.executable, "scripts/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_readme_names_every_file():
+    text = (ROOT / "README.md").read_text()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    named = [file for file in files if file.startswith(("quant/", "models/", "utils/", "scripts/")) or "/" not in file]
+    skipped = ("__init__.py", ".csv", ".gitignore", "README.md", "pyproject.toml")
+    assert [file for file in named if not file.endswith(skipped) and Path(file).name not in text] == []
+
+
+def sweep(tmp_path, image_root, bits):
+    settings = {"MODELS": "demo_vit", "MODES": "0 1", "SEEDS": "0", "BITS": bits, "DATASET": str(image_root)}
+    settings |= {"ROWS": str(tmp_path / "rows.csv"), "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
+    settings["OPTIONS"] = "--limit 10 --num-workers 0 --steps 1 --calib-batchsize 2 --device cpu"
+    command = ["sh", "scripts/sweep.sh", "demo"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+
+
+def test_sweep_keeps_rows_skips_what_is_there_and_goes_on_after_a_failure(tmp_path, image_root):
+    process = sweep(tmp_path, image_root, "9/9 8/8")
+    assert process.returncode == 0, process.stderr
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        found = {(row["w_bit"], row["mode"]): row for row in csv.DictReader(file)}
+    assert set(found) == {("9", "0"), ("8", "0"), ("9", "1"), ("8", "1")}
+    assert "expected 2 to 8" in found["9", "0"]["error"] and found["9", "0"]["top1"] == ""
+    assert found["8", "1"]["error"] == "" and 0 <= float(found["8", "1"]["top1"]) <= 100
+    assert (tmp_path / "runs" / "demo_vit_seed0.safetensors").is_file()
+    again = sweep(tmp_path, image_root, "8/8")
+    assert again.returncode == 0 and again.stdout == ""
+
+
+def test_sweep_explains_itself():
+    process = subprocess.run(["sh", "scripts/sweep.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and "scripts/sweep.sh demo" in process.stdout
+
+
+@pytest.mark.parametrize("by", ["kind", "layer", "block"])
+def test_sensitivity_measures_every_group_alone(vit, by):
+    measured = sensitivity.measure(vit, torch.randn(6, 3, 32, 32), by, w_bit=4, a_bit=4)
+    errors = [row["logit_error"] for row in measured]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0
+    names = list(quantizer_bits(quantize_model(vit)))
+    if by == "layer":
+        assert {row["pattern"] for row in measured} == set(names)
+    else:
+        assert 0 < len(measured) < len(names)
+    if by == "block":
+        assert {"blocks.0.*", "blocks.1.*"} < {row["pattern"] for row in measured}
