@@ -24,6 +24,7 @@ from generate_data import GenerationSettings, draw_labels, generate_data
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
 from quant.quantizers import FLOAT_BITS
+from utils.cache import CachedImages
 from utils.data import Images, check_dataset, draw_images
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare, evaluate
@@ -72,9 +73,8 @@ def run(options: argparse.Namespace) -> dict:
         torch.backends.cudnn.allow_tf32 = False  # the headline numbers are float32's
         if "val" in images:
             workers = min(options.num_workers, available_cores())
-            loader = DataLoader(
-                images["val"], options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda"
-            )
+            val = CachedImages(images["val"], options.cache, workers) if options.cache else images["val"]
+            loader = DataLoader(val, options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda")
             measured = evaluate({"float": model, "quantized": quantized}, loader, options.print_freq)
         else:
             measured = compare(model, quantized, tensors["held_out"])
@@ -107,7 +107,9 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     for option, file in (("--images", options.images), ("--checkpoint", options.checkpoint)):
         if file and not file.is_file():
             raise InputError(f"{option} {file}: no such file")
-    check_writable(options.output_dir or ROOT / "runs")
+    for folder in (options.output_dir or ROOT / "runs", options.cache):
+        if folder:
+            check_writable(folder)
     dataset = options.dataset
     if not dataset and options.model in DEMO_MODELS:
         dataset = write_demo_data(ROOT / "data" / "demo")
@@ -265,6 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="quantizers left in float, as 'blocks.0.*' (none)",
     )
     add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
+    add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
     add("--num-workers", type=int, default=16, metavar="N", help="processes that decode, at most one a core (16)")
     add("--print-freq", type=positive, default=100, metavar="N", help="batches between running accuracies (100)")

@@ -204,3 +204,14 @@ def test_skipped_layers_are_reported(tmp_path, image_root, capsys):
     assert f"{len(results['skipped'])} quantizers left in float" in capsys.readouterr().out
     with pytest.raises(InputError, match="--skip-layers: 'nothing' matches no quantizer"):
         quick(*arguments[:6], "--skip-layers", "nothing")
+
+
+def test_cached_images_give_the_same_accuracy(tmp_path, image_root):
+    arguments = ["--dataset", image_root, "--mode", 1, "--output-dir", tmp_path / "run", "--limit", 30]
+    first = quick(*arguments)
+    for _ in range(2):
+        cached = quick(*arguments, "--cache", tmp_path / "cache")
+        assert [cached[key] for key in ("n", "top1", "float_top1")] == [
+            first[key] for key in ("n", "top1", "float_top1")
+        ]
+    assert len(list((tmp_path / "cache").iterdir())) == 2

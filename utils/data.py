@@ -40,11 +40,15 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image, label = self.decode(index)
+        return self.transform(image), label, index
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """One image in RGB with its label; a grey one with the label UNREADABLE in the place of a damaged one."""
         try:
-            image = Image.open(self.files[index]).convert("RGB")
+            return Image.open(self.files[index]).convert("RGB"), self.labels[index]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on damaged files
-            return self.transform(Image.new("RGB", (64, 64))), UNREADABLE, index
-        return self.transform(image), self.labels[index], index
+            return Image.new("RGB", (64, 64), "grey"), UNREADABLE
 
     def check_classes(self, num_classes: int) -> None:
         """Refuse class folders that are not the classifier's: a missing or extra one would shift every label."""

@@ -1,0 +1,56 @@
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from models import build_model, evaluation_transform
+from utils import cache
+from utils.cache import CachedImages
+from utils.data import UNREADABLE, Images
+
+
+@pytest.fixture
+def images(image_root):
+    return Images(image_root, "val", evaluation_transform(build_model("demo_vit", pretrained=False)), limit=9)
+
+
+def test_cached_images_are_the_decoded_ones_bit_for_bit(images, tmp_path):
+    cached = CachedImages(images, tmp_path, workers=0)
+    assert len(cached) == 9
+    for (expected, label, index), (actual, cached_label, cached_index) in zip(images, cached, strict=True):
+        assert torch.equal(expected, actual) and (label, index) == (cached_label, cached_index)
+
+
+def test_images_are_decoded_once_and_again_when_they_change(images, tmp_path, monkeypatch):
+    CachedImages(images, tmp_path, workers=0)
+    write, calls = cache._write, []
+    monkeypatch.setattr(cache, "_write", lambda *arguments: calls.append(1) or write(*arguments))
+    CachedImages(images, tmp_path, workers=0)
+    assert not calls
+    os.utime(images.files[3], (0, 0))
+    CachedImages(images, tmp_path, workers=0)
+    assert len(calls) == 1
+
+
+def test_an_interrupted_decoding_leaves_nothing(images, tmp_path, monkeypatch):
+    decode = images.decode
+
+    def interrupt(index):
+        if index == 5:
+            raise KeyboardInterrupt
+        return decode(index)
+
+    monkeypatch.setattr(images, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        CachedImages(images, tmp_path, workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_images_stay_marked(tmp_path, images):
+    folder = tmp_path / "data" / "val" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(folder / "0.png")
+    (folder / "1.png").write_bytes(b"broken")
+    cached = CachedImages(Images(tmp_path / "data", "val", images.transform), tmp_path / "cache", workers=0)
+    assert [label for _, label, _ in (cached[0], cached[1])] == [0, UNREADABLE]
