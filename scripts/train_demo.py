@@ -26,16 +26,18 @@ sys.path.insert(0, str(ROOT))
 
 from models import demo
 from models.zoo import normalization
+from utils.files import replacing
 from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_round
 
 ROUNDS = 1200  # of one image a class: 60,000 training images, none of them in data/demo
 MAX_SHIFT = 6  # pixels, the only augmentation
-IMAGES = {"demo_vit": 320_000, "demo_swin": 240_000}  # to train on, repeats counted
+# Images to train on, repeats counted: in one cosine cycle, or in two, the second with half the learning rate.
+CYCLES = {"demo_vit": (320_000,), "demo_swin": (240_000, 120_000)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=IMAGES)
+    parser.add_argument("model", choices=CYCLES)
     parser.add_argument("--batch-size", type=int, default=64, help="images a step (64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate (0.001)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of images (0)")
@@ -52,7 +54,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = getattr(demo, options.model)().to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    steps, start = IMAGES[options.model] // options.batch_size, 0
+    factors = learning_rate_factors([images // options.batch_size for images in CYCLES[options.model]])
+    steps, start = len(factors), 0
     checkpoint = folder / f"{options.model}_seed{options.seed}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -63,8 +66,7 @@ def main() -> None:
 
     began, mean_loss = time.monotonic(), 0.0
     for step in range(start, steps):
-        factor = min(1.0, (step + 1) / 400, (1 + math.cos(math.pi * step / steps)) / 2)  # warm-up, then cosine to zero
-        optimizer.param_groups[0]["lr"] = options.lr * factor
+        optimizer.param_groups[0]["lr"] = options.lr * factors[step]
         images, labels = draw_batch(train, options.batch_size, seed=[options.seed, step])
         images, labels = images.to(options.device), labels.to(options.device)
         model.train()
@@ -81,16 +83,25 @@ def main() -> None:
         if (step + 1) % 500 == 0 or step + 1 == steps:
             print(f"step {step + 1}/{steps}  val top-1 {top1(model, val, options.device):.2f} %", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, draft := checkpoint.with_suffix(".draft"))
-            os.replace(draft, checkpoint)
+            with replacing(checkpoint) as draft:
+                torch.save(state, draft)
 
     record = {"seed": options.seed, "images": steps * options.batch_size, "val_top1": top1(model, val, options.device)}
     record |= {"torch": torch.__version__, "timm": timm.__version__, "device": options.device}
     target = ROOT / "models" / f"{options.model}.safetensors"
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    save_file(weights, draft := target.with_suffix(".draft"), metadata={"training": json.dumps(record)})
-    os.replace(draft, target)
+    with replacing(target) as draft:
+        save_file(weights, draft, metadata={"training": json.dumps(record)})
     print(f"wrote {target}: {json.dumps(record)}")
+
+
+def learning_rate_factors(cycles: list[int]) -> list[float]:
+    """The learning rate of every step as a fraction of the largest: warm-up, then cosine to zero, in each cycle."""
+    return [
+        min(1.0, (step + 1) / 400, (1 + math.cos(math.pi * step / steps)) / 2) / 2**cycle
+        for cycle, steps in enumerate(cycles)
+        for step in range(steps)
+    ]
 
 
 def load_training_images(path: Path, workers: int) -> np.ndarray:
