@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import build_model, model_tag, normalization
+from quant import is_calibrated
 from utils.attention import attention_outputs, layer_entropies
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
@@ -75,9 +76,11 @@ def generate_data(
         (num_images, 3, H, W) on the CPU: normalised pixels of the model's input size, all within the valid range.
 
     Raises:
-        TypeError: the model has no attention of timm's ViT or Swin.
+        TypeError: the model has no attention of timm's ViT or Swin, or is quantized: rounding has no gradient.
         FloatingPointError: a term of the loss is not finite; names it.
     """
+    if is_calibrated(model):
+        raise TypeError("generate_data expects a float model; got one that is calibrated")
     settings = settings or GenerationSettings()
     batches = draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)
     steps = len(batches) * settings.rounds * settings.steps

@@ -6,6 +6,7 @@ from quant.convert import (
     calibrate,
     check_calibrated,
     check_supported,
+    is_calibrated,
     quantize_model,
     quantizer_bits,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "calibrate",
     "check_calibrated",
     "check_supported",
+    "is_calibrated",
     "quantize_model",
     "quantizer_bits",
 ]

@@ -98,7 +98,8 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
             continue
         module.__class__ = SWAPS[type(module)]
         if isinstance(module, modules.QuantizedWeight):
-            module.w_bit, module.weight_scale = w_bit, None
+            module.w_bit = w_bit
+            module.register_buffer("weight_scale", None, persistent=False)
         if isinstance(module, modules.QuantizedOutput):
             module.act_output = modules.QuantAct(a_bit)
         for name in getattr(module, "activations", ()):
@@ -142,8 +143,7 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
         RuntimeError: the model was not swapped, or is calibrated already.
         FloatingPointError: an activation is not finite; names it.
     """
-    activations = dict(modules.named_activations(model))
-    if not activations or any(act.low is not None for act in activations.values()):
+    if not any(True for _ in modules.named_activations(model)) or is_calibrated(model):
         raise RuntimeError("calibrate expects a model from quantize_model that was not calibrated before")
     if not len(images):
         raise ValueError("calibrate expects at least one image")
@@ -176,6 +176,11 @@ def activation_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
     """The calibrated [low, high] of every activation quantizer, by name."""
     ranges = {name: torch.stack([act.low, act.high]) for name, act in modules.named_activations(model)}
     return dict(zip(ranges, map(tuple, torch.stack(list(ranges.values())).tolist()), strict=True))
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether any range is recorded: the model is not, or not wholly, in float any more."""
+    return any(act.low is not None for _, act in modules.named_activations(model))
 
 
 def check_calibrated(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 import generate_data as generation
 from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
 from models import normalization
+from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy, total_variation
 
@@ -91,6 +92,12 @@ def test_optimisation_raises_entropy_and_approaches_the_labels(vit):
 def test_a_term_that_is_not_finite_stops_with_its_name(vit):
     vit.head.bias.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="L_OH became nan at step 1;"):
+        generate_data(vit, 2, settings=QUICK, progress=False)
+
+
+def test_a_quantized_model_is_refused(vit):
+    calibrate(quantize_model(vit), torch.randn(2, 3, 32, 32))
+    with pytest.raises(TypeError, match="expects a float model"):
         generate_data(vit, 2, settings=QUICK, progress=False)
 
 

@@ -9,10 +9,10 @@ class InputError(ValueError):
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run `main`; bad input ends it with its one line and exit code 2, Ctrl-C with 130, and no traceback."""
+    """Run `main`; bad input, or a model that yields NaN, ends it with one line and exit code 2, Ctrl-C with 130."""
     try:
         main()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
