@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import randomize
@@ -15,11 +17,13 @@ def test_other_sizes_are_their_float_model_until_calibrated(size):
     )
     model, images = randomize(model), torch.randn(2, 3, size, size)
     expected = model(images)
-    quantize_model(model)
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    calibrate(model, images)
-    error = (model(images) - expected).square().mean().sqrt() / expected.std()
-    assert 0 < error < 0.2
+    errors = []
+    for bits in (8, 4):
+        quantized = quantize_model(copy.deepcopy(model), bits, bits)
+        torch.testing.assert_close(quantized(images), expected, rtol=1e-4, atol=1e-4)
+        calibrate(quantized, images)
+        errors.append((quantized(images) - expected).square().mean().sqrt() / expected.std())
+    assert 0 < errors[0] < errors[1] / 2
 
 
 def test_values_are_quantized_where_the_paper_does(swin):

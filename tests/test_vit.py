@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import randomize
@@ -25,11 +27,13 @@ def test_variants_are_their_float_model_until_calibrated(variant):
     build, options = VARIANTS[variant]
     model, images = randomize(build(**SMALL, **options)), torch.randn(4, 3, 32, 32)
     expected = model(images)
-    quantize_model(model, 8, 8)
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    calibrate(model, images)
-    error = (model(images) - expected).square().mean().sqrt() / expected.std()
-    assert 0 < error < 0.2
+    errors = []
+    for bits in (8, 4):
+        quantized = quantize_model(copy.deepcopy(model), bits, bits)
+        torch.testing.assert_close(quantized(images), expected, rtol=1e-4, atol=1e-4)
+        calibrate(quantized, images)
+        errors.append((quantized(images) - expected).square().mean().sqrt() / expected.std())
+    assert 0 < errors[0] < errors[1] / 2
 
 
 def test_values_are_quantized_where_the_paper_does(vit):
