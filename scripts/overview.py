@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "overview", metavar="DIR", help="folder of a run")
     parser.add_argument("--model", default="demo_vit", help="the run's model (demo_vit)")
     parser.add_argument("--block", type=int, default=3, metavar="N", help="attention layer, from 0 (3)")
-    parser.add_argument("--image", type=int, default=0, metavar="N", help="generated image to show (0)")
+    parser.add_argument("--image", type=int, default=3, metavar="N", help="generated image to show (3)")
     parser.add_argument("--output", type=Path, default=ROOT / "overview.png", metavar="FILE")
     options = parser.parse_args()
 
@@ -56,14 +56,11 @@ def main() -> None:
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": MUTED, "text.color": INK})
     figure, axes = plt.subplots(3, 3, figsize=(8.5, 7.4), width_ratios=(1, 1.12, 1.5), layout="constrained")
-    headings = ("image", f"patch similarity, block {options.block + 1}", "its density over a batch")
+    headings = ("image", f"patch similarity, block {options.block + 1}", "density over the batch")
     for axis, heading in zip(axes[0], headings, strict=True):
         axis.set_title(heading, fontsize=11, fontweight="bold", pad=8)
     for row, (kind, images) in zip(axes, kinds.items(), strict=True):
         draw_row(row, model, kind, shown.get(kind, images[0]), images, options.block)
-    highest = max(row[2].get_ylim()[1] for row in axes)
-    for row in axes:
-        row[2].set_ylim(0, highest)
     axes[2, 2].set_xlabel("cosine similarity of two patches")
     figure.savefig(options.output, dpi=200)
     print(f"wrote {options.output}")
@@ -78,20 +75,20 @@ def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tens
 
     matrix = patch_similarity(features_of(model, image[None], block), num_images=1)
     side = round(matrix.numel() ** 0.5)
-    picture = row[1].imshow(matrix.view(side, side), cmap="magma", vmin=-0.2, vmax=1, interpolation="nearest")
-    plt.colorbar(picture, ax=row[1], fraction=0.046, pad=0.04, ticks=[0, 0.5, 1]).outline.set_visible(False)
+    picture = row[1].imshow(matrix.view(side, side), cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
+    plt.colorbar(picture, ax=row[1], fraction=0.046, pad=0.04, ticks=[-1, 0, 1]).outline.set_visible(False)
     for axis in row[:2]:
         axis.set(xticks=[], yticks=[])
 
     features = features_of(model, images, block)
     similarity = patch_similarity(features, len(images))
-    points = torch.linspace(-0.6, 1, 400)
+    points = torch.linspace(-1, 1, 500)
     density = GaussianDensity.apply(similarity, points).mean(dim=0)
     row[2].fill_between(points, density, color=ACCENT, alpha=0.15, linewidth=0)
     row[2].plot(points, density, color=ACCENT, linewidth=1.6)
     entropy = patch_similarity_entropy(features, len(images)).item()
     row[2].text(0.04, 0.86, f"entropy $H$ = {entropy:.2f}", transform=row[2].transAxes, fontsize=11)
-    row[2].set(xlim=(-0.6, 1.02), yticks=[])
+    row[2].set(xlim=(-1, 1.01), xticks=[-1, -0.5, 0, 0.5, 1], ylim=(0, 1.25 * density.max()), yticks=[])
     row[2].spines[["top", "right", "left"]].set_visible(False)
     row[2].tick_params(color=MUTED, labelcolor=MUTED)
 

@@ -1,7 +1,7 @@
 """Train a demo model: python scripts/train_demo.py demo_vit. Interrupt it at will; the same command goes on.
 
 Leaves models/<name>.safetensors when done, and a checkpoint in runs/train_demo/ on the way. Images, their order and
-the initial weights follow from the seed. Both models at once, a thread each, take 50 minutes on two CPU cores.
+the initial weights follow from the seed. Both models at once, a thread each, take 40 minutes on two CPU cores.
 """
 
 import argparse
