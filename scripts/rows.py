@@ -6,6 +6,7 @@ python scripts/rows.py fail ROWS MODEL W_BIT A_BIT MODE SEED REASON
 """
 
 import csv
+import fcntl
 import json
 import os
 import sys
@@ -27,9 +28,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Append one row, written in one piece; the first one is preceded by the names of the columns."""
+    """Append one row, also while other runs append theirs; the first is preceded by the names of the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, os.SEEK_END)
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()

@@ -21,8 +21,10 @@ from models import build_model
 from quant import calibrate, quantize_model, quantizer_bits
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare
+from utils.files import check_writable
 from utils.images import load_images
-from utils.options import Parser, add_model_options, bit_width, pick_device
+from utils.options import Parser, add_model_options, bit_width, pick_device, positive
+from utils.plots import plot_sensitivity, require_matplotlib
 from utils.progress import progress_bar
 
 BLOCK = re.compile(r"^(?:layers\.\d+\.)?blocks\.\d+\.|^layers\.\d+\.")
@@ -66,18 +68,25 @@ def main() -> None:
     add(
         "--a_bit", "--a-bit", type=bit_width, default=8, metavar="BITS", help="activations: 2 to 8, or 16 for float (8)"
     )
-    add("--top", type=int, default=20, metavar="N", help="rows to print (20)")
+    add("--top", type=positive, default=20, metavar="N", help="rows to print and to plot (20)")
+    add("--plot", type=Path, metavar="FILE", help="draw them into a .png file (needs requirements-plots.txt)")
     options = parser.parse_args()
+    if options.plot:
+        require_matplotlib()
+        check_writable(options.plot.parent)
     device = pick_device(options.device)
     model = build_model(options.model, options.checkpoint).to(device)
     images = load_images(options.images, model.patch_embed.img_size)["images"]
     if len(images) < 2:
         raise InputError(f"--images {options.images}: expected at least 2 images; got {len(images)}")
     rows = measure(model, images, options.by, options.w_bit, options.a_bit)
-    print(f"{options.model}, W{options.w_bit}/A{options.a_bit}, one {options.by} quantized at a time, worst first")
+    title = f"{options.model}, W{options.w_bit}/A{options.a_bit}, one {options.by} quantized at a time"
+    print(f"{title}, worst first")
     print(f"{'pattern':<44}{'logit error':>12}{'agreement %':>13}")
     for row in rows[: options.top]:
         print(f"{row['pattern']:<44}{row['logit_error']:>12.4f}{row['agreement']:>13.1f}")
+    if options.plot:
+        plot_sensitivity(options.plot, title, {row["pattern"]: row["logit_error"] for row in rows[: options.top]})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quant import activation_ranges, calibrate, quantize_model
-from utils.plots import plot_generation, plot_ranges, signal_to_noise
+from utils.plots import plot_generation, plot_ranges, plot_sensitivity, signal_to_noise
 
 
 def test_signal_to_noise_falls_with_the_bits(model):
@@ -27,4 +27,5 @@ def test_pictures_are_written(tmp_path, model):
     plot_generation(tmp_path / "a.png", torch.rand(9, 3), [-1.0, -2.0], [0.5, 0.2])
     ranges = activation_ranges(calibrate(quantize_model(model), torch.randn(2, 3, 32, 32)))
     plot_ranges(tmp_path / "b.png", {"generated": ranges, "noise": ranges})
-    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png"}
+    plot_sensitivity(tmp_path / "c.png", "title", {"a": 1.0, "b": 0.5})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"}

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_rows_are_appended_and_a_repeated_run_replaces_its_failure(tmp_path):
     first, second = rows.read_rows(path)
     assert (first["seed"], first["top1"], first["error"]) == ("0", "60.0", "")
     assert second["seed"] == "1"
+
+
+def test_runs_side_by_side_append_whole_rows(tmp_path):
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(rows.append_row, [tmp_path / "rows.csv"] * 40, [row(seed=str(seed)) for seed in range(40)]))
+    assert sorted(int(found["seed"]) for found in rows.read_rows(tmp_path / "rows.csv")) == list(range(40))
 
 
 def test_cells_are_mean_and_standard_deviation_over_seeds():

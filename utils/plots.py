@@ -97,6 +97,17 @@ def plot_noise(path: Path, decibels: dict[str, float]) -> None:
     _save(figure, path)
 
 
+def plot_sensitivity(path: Path, title: str, errors: dict[str, float]) -> None:
+    """Draw the logit error of each group of quantizers that was quantized alone, the worst on top."""
+    plt = require_matplotlib()
+    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.22 * len(errors)), layout="constrained")
+    axis.barh(range(len(errors)), errors.values(), color=COLOURS["generated"])
+    axis.set_yticks(range(len(errors)), errors)
+    axis.invert_yaxis()
+    axis.set(title=title, xlabel="logit error (RMS, relative to the spread of the float logits)")
+    _save(figure, path)
+
+
 def plot_run(
     folder: Path, model: nn.Module, quantized: nn.Module, kinds: dict[str, Tensor], images: Tensor, losses: list
 ) -> None:
