@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> dict:
         images = open_images(dataset, model, options)
     with timed(seconds, "quantize"):
         quantized = swap_layers(model, options)
-    print(headline(options, device))
+    print(headline(options, device), flush=True)
 
     losses: list[list[float]] = []
     with timed(seconds, "images"):
