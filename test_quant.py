@@ -33,10 +33,10 @@ from utils.fractals import write_demo_data
 from utils.images import load_images, save_images
 from utils.options import (
     Parser,
+    add_bit_options,
     add_generation_options,
     add_model_options,
     available_cores,
-    bit_width,
     pick_device,
     positive,
 )
@@ -247,13 +247,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy.")
     add_model_options(parser)
+    add_bit_options(parser)
     add_generation_options(parser)
     add = parser.add_argument
     add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
-    add("--w_bit", "--w-bit", type=bit_width, default=8, metavar="BITS", help="weights: 2 to 8, or 16 for float (8)")
-    add(
-        "--a_bit", "--a-bit", type=bit_width, default=8, metavar="BITS", help="activations: 2 to 8, or 16 for float (8)"
-    )
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
     add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")

@@ -23,7 +23,7 @@ from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare
 from utils.files import check_writable
 from utils.images import load_images
-from utils.options import Parser, add_model_options, bit_width, pick_device, positive
+from utils.options import Parser, add_bit_options, add_model_options, pick_device, positive
 from utils.plots import plot_sensitivity, require_matplotlib
 from utils.progress import progress_bar
 
@@ -59,15 +59,12 @@ def measure(model: nn.Module, images: Tensor, by: str, w_bit: int, a_bit: int) -
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add_model_options(parser)
+    add_bit_options(parser)
     add = parser.add_argument
     add(
         "--images", type=Path, required=True, metavar="FILE", help="images that generate_data.py or test_quant.py wrote"
     )
     add("--by", choices=["kind", "layer", "block"], default="kind", help="what is quantized at a time (kind)")
-    add("--w_bit", "--w-bit", type=bit_width, default=8, metavar="BITS", help="weights: 2 to 8, or 16 for float (8)")
-    add(
-        "--a_bit", "--a-bit", type=bit_width, default=8, metavar="BITS", help="activations: 2 to 8, or 16 for float (8)"
-    )
     add("--top", type=positive, default=20, metavar="N", help="rows to print and to plot (20)")
     add("--plot", type=Path, metavar="FILE", help="draw them into a .png file (needs requirements-plots.txt)")
     options = parser.parse_args()

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import torch
 from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+
+from quant import calibrate, quantize_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,6 +55,18 @@ def randomize(model):
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def check_float_then_quantized(model, images):
+    """Swapped, `model` gives its float logits; calibrated, others, which are further off with fewer bits."""
+    expected = model(images)
+    errors = []
+    for bits in (8, 4):
+        quantized = quantize_model(copy.deepcopy(model), bits, bits)
+        torch.testing.assert_close(quantized(images), expected, rtol=1e-4, atol=1e-4)
+        calibrate(quantized, images)
+        errors.append((quantized(images) - expected).square().mean().sqrt() / expected.std())
+    assert 0 < errors[0] < errors[1] / 2
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ try:
     import torch
     import torchvision
 except ModuleNotFoundError as error:
-    sys.exit(print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr) or 2)
+    print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 except (RuntimeError, ImportError) as error:  # such as "operator torchvision::nms does not exist"
     from importlib.metadata import version
 

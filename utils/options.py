@@ -36,6 +36,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps (cuda if there is one, else cpu)")
 
 
+def add_bit_options(parser: argparse.ArgumentParser) -> None:
+    """Add --w_bit and --a_bit, each also with a hyphen."""
+    add = parser.add_argument
+    add("--w_bit", "--w-bit", type=bit_width, default=8, metavar="BITS", help="weights: 2 to 8, or 16 for float (8)")
+    add(
+        "--a_bit", "--a-bit", type=bit_width, default=8, metavar="BITS", help="activations: 2 to 8, or 16 for float (8)"
+    )
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Add --seed, --steps and --plots."""
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of all that is drawn at random (0)")
