@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from models import build_model, evaluation_transform, normalization
 from utils.attention import attention_outputs
 from utils.data import Images
-from utils.entropy import GaussianDensity, patch_similarity, patch_similarity_entropy
+from utils.entropy import GaussianDensity, patch_similarity, patch_similarity_entropy, patch_tokens
 from utils.errors import exit_cleanly
 from utils.fractals import write_demo_data
 from utils.images import load_images
@@ -73,17 +73,15 @@ def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tens
     row[0].imshow(pixels, interpolation="nearest")
     row[0].set_ylabel(kind, fontsize=11, fontweight="bold", labelpad=8)
 
-    matrix = patch_similarity(features_of(model, image[None], block), num_images=1)
-    side = round(matrix.numel() ** 0.5)
-    picture = row[1].imshow(matrix.view(side, side), cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
+    (tokens,) = patch_tokens(features_of(model, image[None], block))  # (N-1, d)
+    picture = row[1].imshow(tokens @ tokens.T, cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
     plt.colorbar(picture, ax=row[1], fraction=0.046, pad=0.04, ticks=[-1, 0, 1]).outline.set_visible(False)
     for axis in row[:2]:
         axis.set(xticks=[], yticks=[])
 
     features = features_of(model, images, block)
-    similarity = patch_similarity(features, len(images))
     points = torch.linspace(-1, 1, 500)
-    density = GaussianDensity.apply(similarity, points).mean(dim=0)
+    density = GaussianDensity.apply(*patch_similarity(features, len(images)), points).mean(dim=0)
     row[2].fill_between(points, density, color=ACCENT, alpha=0.15, linewidth=0)
     row[2].plot(points, density, color=ACCENT, linewidth=1.6)
     entropy = patch_similarity_entropy(features, len(images)).item()
