@@ -52,8 +52,9 @@ class Images(Dataset):
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
         """One image in RGB with its label; a grey one with the label UNREADABLE in the place of a damaged one."""
+        file, label = self.files[index], self.labels[index]
         try:
-            return read_image(self.files[index]), self.labels[index]
+            return read_image(file), label
         except Exception:  # on damaged files Pillow raises nearly everything
             return Image.new("RGB", (64, 64), "grey"), UNREADABLE
 
