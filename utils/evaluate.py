@@ -17,8 +17,7 @@ OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "killed by signal: Killed",
-    "killed by signal: Bus error",
+    "DataLoader worker (pid",
 )
 
 
