@@ -87,8 +87,8 @@ def test_kill_9_at_any_moment_leaves_whole_files(tmp_path, kind):
     for _ in range(12):
         process = fork.Process(target=write_forever, args=(write, path))
         process.start()
-        before = path.stat().st_ino
-        while path.stat().st_ino == before:  # until it writes
+        before = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == before:  # until it writes
             assert process.is_alive()
             time.sleep(0.001)
         time.sleep(delays.uniform(0, 0.03))
