@@ -276,15 +276,19 @@ def test_no_worker_is_left_behind_and_none_is_more_than_the_cores(tmp_path, imag
         subprocess.Popen([*map(str, command), tmp_path / number.name], cwd=ROOT, stderr=subprocess.PIPE)
         for number in signals
     ]
-    for process, number in zip(runs, signals, strict=True):
-        wait_until(lambda process=process: len(children(process.pid)) == available_cores())
-        time.sleep(1)  # for one that too many would be started in
-        workers = children(process.pid)
-        assert len(workers) == available_cores()
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode != 0
-        wait_until(lambda workers=workers: not any(map(alive, workers)))
+    try:
+        for process, number in zip(runs, signals, strict=True):
+            wait_until(lambda process=process: len(children(process.pid)) == available_cores())
+            time.sleep(1)  # for one that too many would be started in
+            workers = children(process.pid)
+            assert len(workers) == available_cores()
+            process.send_signal(number)
+            process.communicate(timeout=60)
+            assert process.returncode != 0
+            wait_until(lambda workers=workers: not any(map(alive, workers)))
+    finally:
+        for process in runs:
+            process.kill()
 
 
 def test_workers_get_by_with_next_to_no_shared_memory(tmp_path, image_root):
