@@ -131,7 +131,7 @@ def _try_count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> d
 def _batches(images: DataLoader) -> Iterator[list[Tensor]]:
     """The loader's batches as tensors; from where the memory does not suffice to load them, half as large."""
     dataset, size, seen = images.dataset, images.batch_size, 0
-    while True:
+    while seen < len(dataset):
         try:
             for items in images:
                 seen += len(items[1])
