@@ -9,26 +9,26 @@ import utils.environment  # isort: skip  # first: a broken installation is told 
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from generate_data import GenerationSettings, draw_labels, generate_data
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
 from quant.quantizers import FLOAT_BITS
-from utils.cache import CachedImages
-from utils.data import Images, check_dataset, draw_images
+from utils.cache import CachedImages, check_cache
+from utils.data import Images, check_dataset, draw_images, image_loader
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare, evaluate
-from utils.files import check_writable, new_run_folder, write_json
+from utils.files import check_writable, locked, new_run_folder, write_json
 from utils.fractals import write_demo_data
 from utils.images import load_images, save_images
 from utils.options import (
@@ -37,6 +37,7 @@ from utils.options import (
     add_generation_options,
     add_model_options,
     available_cores,
+    natural,
     pick_device,
     positive,
 )
@@ -52,10 +53,18 @@ HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 def run(options: argparse.Namespace) -> dict:
     """Quantize a model, evaluate it, and leave a folder with the results; returns what results.json holds."""
     device, dataset = check_options(options)
+    with locked(options.output_dir) if options.output_dir else nullcontext():  # in runs/ each run has a new folder
+        return quantize_and_evaluate(options, device, dataset)
+
+
+def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dataset: Path | None) -> dict:
+    """The run itself, with options that are checked."""
     seconds: dict[str, float] = {}
     with timed(seconds, "build"):
         model = build_model(options.model, options.checkpoint).to(device)
         images = open_images(dataset, model, options)
+        pixels = options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size)
+        check_writable(options.output_dir or ROOT / "runs", 8 * pixels)  # in float32, and as much for their picture
     with timed(seconds, "quantize"):
         quantized = swap_layers(model, options)
     print(headline(options, device), flush=True)
@@ -74,7 +83,7 @@ def run(options: argparse.Namespace) -> dict:
         if "val" in images:
             workers = min(options.num_workers, available_cores())
             val = CachedImages(images["val"], options.cache, workers) if options.cache else images["val"]
-            loader = DataLoader(val, options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda")
+            loader = image_loader(val, options.val_batchsize, workers, pin_memory=device.type == "cuda")
             measured = evaluate({"float": model, "quantized": quantized}, loader, options.print_freq)
         else:
             measured = compare(model, quantized, tensors["held_out"])
@@ -90,9 +99,10 @@ def run(options: argparse.Namespace) -> dict:
         if "train" in images:
             kinds["real"] = draw_images(images["train"], len(tensors["images"]), options.seed)
         plot_run(folder, model, quantized, kinds, tensors["images"], losses)
-    if results["unreadable"] and not options.skip_bad:
+    if results["unreadable"] and not (options.skip_bad and results["n"]):
         count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
-        raise InputError(f"{count} images are not readable ({some}); leave them out with --skip-bad")
+        where = f", ..., all in {folder / 'results.json'}" if count > 5 else ""
+        raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")
     return results
 
 
@@ -104,7 +114,10 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
         require_matplotlib()
     if options.images and options.mode != 0:
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
-    for option, file in (("--images", options.images), ("--checkpoint", options.checkpoint)):
+    if options.class_map and not options.dataset:
+        raise InputError("--class-map: goes with --dataset; got none")
+    files = {"--images": options.images, "--checkpoint": options.checkpoint, "--class-map": options.class_map}
+    for option, file in files.items():
         if file and not file.is_file():
             raise InputError(f"{option} {file}: no such file")
     for folder in (options.output_dir or ROOT / "runs", options.cache):
@@ -126,7 +139,12 @@ def open_images(dataset: Path | None, model: nn.Module, options: argparse.Namesp
         return {}
     transform = evaluation_transform(model)
     images = {"val": Images(dataset, "val", transform, options.limit)}
-    images["val"].check_classes(model.num_classes)
+    if options.class_map:
+        images["val"].map_classes(options.class_map, model.num_classes)
+    else:
+        images["val"].check_classes(model.num_classes)
+    if options.cache:
+        check_cache(images["val"], options.cache)
     if options.mode == 2 or (options.plots and (dataset / "train").is_dir()):
         images["train"] = Images(dataset, "train", transform)
     return images
@@ -231,6 +249,8 @@ def report(results: dict) -> str:
     for name, prefix in (("float", "float_"), (f"W{results['w_bit']}/A{results['a_bit']}", "")):
         rows.append((name, f"{results[prefix + 'top1']:.2f}", f"{results[prefix + 'top5']:.2f}"))
     skipped = f"\n{len(results['skipped'])} quantizers left in float" if results["skipped"] else ""
+    if results["unreadable"]:
+        skipped += f"\n{len(results['unreadable'])} unreadable images skipped"
     table = "\n".join(f"{name:<8}{top1:>9}{top5:>9}" for name, top1, top5 in rows)
     return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
 
@@ -251,6 +271,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_generation_options(parser)
     add = parser.add_argument
     add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
+    add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
     add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
@@ -266,7 +287,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
     add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
-    add("--num-workers", type=int, default=16, metavar="N", help="processes that decode, at most one a core (16)")
+    add("--num-workers", type=natural, default=16, metavar="N", help="processes that decode, at most one a core (16)")
     add("--print-freq", type=positive, default=100, metavar="N", help="batches between running accuracies (100)")
     return parser.parse_args(arguments)
 

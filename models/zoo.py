@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from timm.models import deit, load_state_dict, swin_transformer, vision_transformer
 from torch import Tensor, nn
@@ -122,18 +121,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = load_state_dict(str(path), weights_only=True)
     except UnpicklingError as error:
         raise InputError(f"checkpoint {path}: refused, it is damaged or holds more than weights") from error
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # on damaged files the readers raise nearly everything
         raise InputError(f"checkpoint {path}: not a readable file of weights ({_line(error)})") from error
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
         raise InputError(f"checkpoint {path}: expected a state dict of tensors; found none")
     return state

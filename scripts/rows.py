@@ -7,10 +7,14 @@ python scripts/rows.py fail ROWS MODEL W_BIT A_BIT MODE SEED REASON
 
 import csv
 import fcntl
+import io
 import json
 import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.errors import InputError, exit_cleanly
 
 KEY = ("model", "w_bit", "a_bit", "mode", "seed")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")
@@ -23,22 +27,35 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a file, none if it is absent; of a run that was repeated after a failure, the last."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list({tuple(row[key] for key in KEY): row for row in csv.DictReader(file)}.values())
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable file of rows ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values() or not {*KEY, *VALUES, "error"} <= row.keys():
+            raise InputError(f"{path}: row {number} does not have the columns {', '.join(COLUMNS)}")
+    return list({tuple(row[key] for key in KEY): row for row in rows}.values())
 
 
 def append_row(path: Path, row: dict) -> None:
     """Append one row, also while other runs append theirs; the first is preceded by the names of the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
+    with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0, os.SEEK_END)
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if file.tell() == 0:
+        size = file.tell()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        if size == 0:
             writer.writeheader()
         writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            os.write(file.fileno(), text.getvalue().encode())  # at once: whole, or not there
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), size)
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def row_of(results: dict) -> dict:
@@ -50,17 +67,17 @@ def row_of(results: dict) -> dict:
 
 
 def main() -> None:
-    command, path, *rest = sys.argv[1:]
-    if command == "add":
-        append_row(Path(path), row_of(json.loads(Path(rest[0]).read_text())))
-    elif command == "fail":
-        append_row(Path(path), dict(zip((*KEY, "error"), rest, strict=True)))
-    elif command == "has":
-        done = {tuple(row[key] for key in KEY) for row in read_rows(Path(path)) if not row["error"]}
-        sys.exit(0 if tuple(rest) in done else 1)
-    else:
-        sys.exit(__doc__)
+    match sys.argv[1:]:
+        case ["add", path, results]:
+            append_row(Path(path), row_of(json.loads(Path(results).read_text())))
+        case ["fail", path, *values] if len(values) == len(KEY) + 1:
+            append_row(Path(path), dict(zip((*KEY, "error"), values, strict=True)))
+        case ["has", path, *key] if len(key) == len(KEY):
+            done = {tuple(row[key] for key in KEY) for row in read_rows(Path(path)) if not row["error"]}
+            sys.exit(0 if tuple(key) in done else 1)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -1,5 +1,6 @@
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,17 @@ from timm.models.vision_transformer import VisionTransformer
 from quant import calibrate, quantize_model
 
 GOLDEN = Path(__file__).parent / "golden"
+FUZZED = Counter()  # inputs by reader, which the end of the tests tells
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FUZZED:
+        terminalreporter.write_line(f"fuzz: {FUZZED.total()} inputs to {len(FUZZED)} readers")
+
+
+@pytest.fixture(scope="session")
+def fuzzed():
+    return FUZZED
 
 
 @pytest.fixture(scope="session")

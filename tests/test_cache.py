@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from PIL import Image
 
 from models import build_model, evaluation_transform
 from utils import cache
-from utils.cache import CachedImages
+from utils.cache import CachedImages, check_cache
 from utils.data import UNREADABLE, Images
+from utils.errors import InputError
 
 
 @pytest.fixture
@@ -54,3 +56,28 @@ def test_unreadable_images_stay_marked(tmp_path, images):
     (folder / "1.png").write_bytes(b"broken")
     cached = CachedImages(Images(tmp_path / "data", "val", images.transform), tmp_path / "cache", workers=0)
     assert [label for _, label, _ in (cached[0], cached[1])] == [0, UNREADABLE]
+
+
+def test_a_damaged_file_is_refused(images, tmp_path):
+    CachedImages(images, tmp_path, workers=0)
+    for path in sorted(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(InputError, match=r"damaged .*remove it"):
+            CachedImages(images, tmp_path, workers=0)
+
+
+def test_an_image_that_is_gone_is_marked(images, tmp_path, image_root):
+    images.files[2] = str(tmp_path / "gone.png")
+    assert CachedImages(images, tmp_path / "cache", workers=0)[2][1] == UNREADABLE
+
+
+def test_a_disk_too_small_is_refused_and_one_with_the_file_is_not(images, tmp_path, monkeypatch):
+    size = 9 * 64 * 64 * 3
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**20 + size - 1))
+    with pytest.raises(InputError, match="of free space"):
+        check_cache(images, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**20 + size))
+    CachedImages(images, tmp_path, workers=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**20))
+    check_cache(images, tmp_path)

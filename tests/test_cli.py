@@ -1,6 +1,9 @@
 """The command line of test_quant.py, end to end on the small demo models."""
 
+import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Subset
 
 import test_quant
+from models import build_model, evaluation_transform
 from test_quant import parse, run
+from utils.data import Images
 from utils.errors import InputError
+from utils.evaluate import evaluate
+from utils.files import locked
+from utils.options import available_cores
 
 ROOT = Path(test_quant.__file__).parent
 QUICK = ["--steps", "2", "--calib-batchsize", "4", "--num-workers", "0", "--device", "cpu"]
@@ -85,8 +94,6 @@ def test_limit_is_the_number_of_images_counted(tmp_path, image_root):
 
 
 def test_unreadable_images_fail_the_run_at_its_end_unless_skipped(tmp_path, image_root):
-    import shutil
-
     root = shutil.copytree(image_root, tmp_path / "data")
     (root / "val" / "class_03" / "0.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"1 images are not readable .*class_03/0\.png.*--skip-bad"):
@@ -100,9 +107,58 @@ def test_unreadable_images_fail_the_run_at_its_end_unless_skipped(tmp_path, imag
     )
 
 
+def test_skipped_images_are_reported_and_none_left_is_refused(tmp_path, image_root, capsys):
+    root = shutil.copytree(image_root, tmp_path / "data")
+    for file in list((root / "val").glob("*/*"))[:7]:
+        file.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"7 images are not readable .*\.\.\., all in .*results\.json"):
+        quick("--dataset", root, "--output-dir", tmp_path / "a", "--mode", 1)
+    quick("--dataset", root, "--output-dir", tmp_path / "a", "--mode", 1, "--skip-bad")
+    assert "93 images in" in (printed := capsys.readouterr().out) and "7 unreadable images skipped" in printed
+    for file in (root / "val").glob("*/*"):
+        file.write_bytes(b"broken")
+    with pytest.raises(InputError, match="100 images are not readable"):
+        quick("--dataset", root, "--output-dir", tmp_path / "a", "--mode", 1, "--skip-bad")
+
+
+def test_a_class_map_lets_a_subset_in_another_order_be_evaluated(tmp_path, image_root):
+    names = {f"part {label}": f"class_{label:02d}" for label in (41, 5, 17)}
+    for new, old in names.items():
+        shutil.copytree(image_root / "val" / old, tmp_path / "data" / "val" / new)
+    arguments = ["--dataset", tmp_path / "data", "--mode", 1, "--output-dir", tmp_path / "a"]
+    with pytest.raises(InputError, match=r"expected 50 class folders.*found 3 \(.*--class-map"):
+        quick(*arguments)
+    (tmp_path / "map").write_text("".join(f"{new} {old[-2:]}\n" for new, old in names.items()))
+    mapped = quick(*arguments, "--class-map", tmp_path / "map")
+    images = Images(image_root, "val", evaluation_transform(build_model("demo_vit")))
+    kept = [index for index, label in enumerate(images.labels) if label in (5, 17, 41)]
+    expected = evaluate({"float": build_model("demo_vit")}, DataLoader(Subset(images, kept), 4))
+    assert (mapped["n"], mapped["float_top1"], mapped["float_top5"]) == (6, *list(expected.values())[2:])
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path, image_root):
+    with locked(tmp_path), pytest.raises(InputError, match="another run writes there"):
+        quick("--dataset", image_root, "--output-dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output-dir", "--cache"])
+def test_a_disk_too_small_is_refused_before_generation(tmp_path, image_root, monkeypatch, option):
+    monkeypatch.setattr(test_quant, "generate_data", lambda *arguments: pytest.fail("generates images"))
+    (tmp_path / "full").mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    full = lambda folder: usage._replace(free=2**20 + 1000 if Path(folder).name == "full" else usage.free)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    others = ["--output-dir", tmp_path / "a"] if option == "--cache" else []
+    with pytest.raises(InputError, match=r"full: expected \d MiB of free space; the disk has 1"):
+        quick("--dataset", image_root, *others, option, tmp_path / "full", "--calib-batchsize", 32)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("--model demo_vit --class-map absent", "--class-map: goes with --dataset; got none"),
+        ("--model demo_vit --dataset . --class-map absent", "--class-map absent: no such file"),
         ("--model deit_tny", "did you mean deit_tiny"),
         ("--model demo_vit --checkpoint absent.pth", "--checkpoint absent.pth: no such file"),
         ("--model demo_vit --images absent.safetensors", "--images absent.safetensors: no such file"),
@@ -158,6 +214,18 @@ def test_torchvision_that_does_not_fit_is_told_in_one_line(tmp_path):
     assert len(process.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("package", "found"), [("torch", "2.10.1"), ("timm", "0.9.16"), ("timm", "2.0.0")])
+def test_versions_out_of_range_are_refused_before_they_are_imported(tmp_path, package, found):
+    metadata = tmp_path / f"{package}-{found}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {found}\n")
+    (tmp_path / f"{package}.py").write_text("raise AssertionError('is imported')")
+    process = shell(env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith(f"error: expected {package} ") and f"found {found}; run: pip" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
 def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path, image_root):
     command = [sys.executable, "test_quant.py", "--model", "demo_vit", "--dataset", image_root, "--device", "cpu"]
     process = subprocess.Popen(
@@ -170,6 +238,73 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path, image_root):
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+def children(pid):
+    """Living child processes, by Linux's /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_worker_is_left_behind_and_none_is_more_than_the_cores(tmp_path, image_root):
+    """Each run is stopped while a worker waits for ever, for an image that is a pipe."""
+    root = shutil.copytree(image_root, tmp_path / "data")
+    os.mkfifo(root / "val" / "class_00" / "2.png")
+    command = [sys.executable, "test_quant.py", *QUICK, "--num-workers", 64, "--model", "demo_vit", "--mode", 1]
+    command += ["--dataset", root, "--print-freq", 1, "--output-dir"]
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    runs = [
+        subprocess.Popen([*map(str, command), tmp_path / number.name], cwd=ROOT, stderr=subprocess.PIPE)
+        for number in signals
+    ]
+    try:
+        for process, number in zip(runs, signals, strict=True):
+            wait_until(lambda process=process: len(children(process.pid)) == available_cores())
+            time.sleep(1)  # for one that too many would be started in
+            workers = children(process.pid)
+            assert len(workers) == available_cores()
+            process.send_signal(number)
+            process.communicate(timeout=60)
+            assert process.returncode != 0
+            wait_until(lambda workers=workers: not any(map(alive, workers)))
+    finally:
+        for process in runs:
+            process.kill()
+
+
+def test_workers_get_by_with_next_to_no_shared_memory(tmp_path, image_root):
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare")
+    mount = 'mount -t tmpfs -o size=256k tmpfs /dev/shm || exit 99; exec "$@"'
+    arguments = [*QUICK, "--num-workers", 2, "--model", "demo_vit", "--mode", 1, "--dataset", image_root]
+    arguments += ["--output-dir", tmp_path, "--cache", tmp_path / "cache"]
+    command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, "test_quant.py", *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if process.returncode in (1, 99) and ("unshare" in process.stderr or "mount" in process.stderr):
+        pytest.skip("may not mount")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    expected = quick("--model", "demo_vit", "--mode", 1, "--dataset", image_root, "--output-dir", tmp_path / "a")
+    assert [results[key] for key in ("n", "top1", "top5")] == [expected[key] for key in ("n", "top1", "top5")]
 
 
 def test_plots_are_drawn(tmp_path, image_root):

@@ -199,3 +199,13 @@ def test_skipping_everything_is_the_float_model(model):
 def test_a_pattern_that_matches_nothing_is_refused(vit):
     with pytest.raises(ValueError, match=r"'blocks\.9\.\*' matches no quantizer; there are patch_embed"):
         quantize_model(vit, skip=["blocks.9.*"])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+def test_constant_images_give_finite_scales_and_logits(model, value):
+    images = torch.full((3, 3, 32, 32), value)
+    calibrate(quantize_model(model, 4, 4), images)
+    scales = [buffer for name, buffer in model.named_buffers() if name.endswith(("scale", "zero_point"))]
+    assert scales and all(scale.isfinite().all() for scale in scales)
+    assert all((buffer > 0).all() for name, buffer in model.named_buffers() if name.endswith("scale"))
+    assert model(images).isfinite().all() and model(torch.randn(2, 3, 32, 32)).isfinite().all()

@@ -1,12 +1,15 @@
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_tensor
 
-from utils.data import UNREADABLE, Images, check_dataset, draw_images
+from utils import data
+from utils.data import UNREADABLE, Images, check_dataset, draw_images, image_loader, read_class_map, read_image
 from utils.errors import InputError
 
 
@@ -41,6 +44,47 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     Image.new(mode, (9, 9)).save(folder / ("x.tiff" if mode == "CMYK" else "x.png"))
     image, label, _ = Images(tmp_path, "val", transform)[0]
     assert image.shape == (3, 8, 8) and label == 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_16_bit_grey_keeps_its_greys(tmp_path, suffix):
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / f"a{suffix}")
+    for channel in np.moveaxis(np.asarray(read_image(tmp_path / f"a{suffix}")), 2, 0):
+        assert np.array_equal(channel, grey // 256)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_have_no_white_and_are_marked(tmp_path, mode):
+    make(tmp_path / "val", ["a"])
+    Image.new(mode, (9, 9)).save(tmp_path / "val" / "a" / "x.tiff")
+    assert [label for _, label, _ in Images(tmp_path, "val", transform)] == [0, UNREADABLE]
+
+
+def test_exif_orientation_is_not_applied(tmp_path):
+    image, exif = Image.new("RGB", (9, 5)), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (9, 5)
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    image = Image.effect_noise((9, 9), 50).convert("RGB")
+    image.save(tmp_path / "a.JPEG", "PNG")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.JPEG")), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "palette"])
+def test_colours_are_those_of_pillow(tmp_path, kind):
+    image = Image.effect_noise((9, 9), 90)
+    if kind == "CMYK":
+        Image.merge("CMYK", [image, image, image.rotate(90), image]).save(tmp_path / "a.jpg")
+    elif kind == "palette":
+        image.quantize(7).save(tmp_path / "a.png")
+    else:
+        image.save(tmp_path / "a.png")
+    (path,) = tmp_path.iterdir()
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(Image.open(path).convert("RGB")))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"], ids=str)
@@ -92,6 +136,88 @@ def test_imagenet_folders_are_compared_by_name(tmp_path):
     make(tmp_path / "val", [names[0]])
     shutil.rmtree(tmp_path / "val" / "n99999999")
     Images(tmp_path, "val", transform).check_classes(1000)
+
+
+def test_imagenet_folders_too_few_or_of_an_editor_are_refused(tmp_path):
+    names = ImageNetInfo().label_names()
+    make(tmp_path / "val", names, images=0)
+    make(tmp_path / "val", [".ipynb_checkpoints"])
+    with pytest.raises(InputError, match=r"found 1001: 1 unknown \(\.ipynb_checkpoints\)"):
+        Images(tmp_path, "val", transform).check_classes(1000)
+    for name in (".ipynb_checkpoints", names[7], names[9]):
+        shutil.rmtree(tmp_path / "val" / name)
+    make(tmp_path / "val", [names[9]])
+    with pytest.raises(InputError, match=rf"found 999: 1 missing \({names[7]}\); a subset needs --class-map"):
+        Images(tmp_path, "val", transform).check_classes(1000)
+
+
+def test_hidden_folders_are_refused_though_the_number_fits(tmp_path):
+    make(tmp_path / "val", ["a", "b", ".ipynb_checkpoints"])
+    with pytest.raises(InputError, match=r"1 hidden \(\.ipynb_checkpoints\); remove them"):
+        Images(tmp_path, "val", transform).check_classes(3)
+
+
+def test_numbers_out_of_order_are_refused(tmp_path):
+    make(tmp_path / "val", map(str, range(11)))
+    with pytest.raises(InputError, match=r"found numbers, which sort as 0, 1, 10, \.\.\.; .*--class-map"):
+        Images(tmp_path, "val", transform).check_classes(11)
+    make(tmp_path / "b" / "val", map(str, range(10)))
+    Images(tmp_path / "b", "val", transform).check_classes(10)
+
+
+def test_a_class_map_gives_the_labels(tmp_path):
+    make(tmp_path / "val", ["cat", "dog", "great white"])
+    (tmp_path / "map").write_text("great white 2\r\n\ndog\t0\n  cat 7  \n")
+    images = Images(tmp_path, "val", transform)
+    images.map_classes(tmp_path / "map", 8)
+    assert [label for _, label, _ in images] == [7, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "cat\ndog 1": "line 1: expected the name of a folder and the index of a class; got 'cat'",
+        "cat 1\ndog one": "line 2: expected the name of a folder and the index of a class; got 'dog one'",
+        "cat -1": "line 1: expected .*; got 'cat -1'",
+        "cat 10": "line 1: expected a class from 0 to 9; got 10",
+        "cat 1\n\ndog 2\ncat 3": "line 4: folder 'cat' again, after line 1",
+        "cat 1\ndog 1": "line 2: class 1 again, after line 1",
+        "cat 1\ndog 2\ncow 3": "line 3: no folder 'cow' in ",
+        "cat 1": r"expected a line for every folder; 1 without \(dog\)$",
+    }.items(),
+)
+def test_class_maps_that_do_not_fit_are_refused_by_line(tmp_path, text, message):
+    make(tmp_path / "val", ["cat", "dog"])
+    (tmp_path / "map").write_text(text)
+    with pytest.raises(InputError, match=message):
+        Images(tmp_path, "val", transform).map_classes(tmp_path / "map", 10)
+
+
+def test_class_maps_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "map").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "map"):
+        with pytest.raises(InputError, match="not a readable text file"):
+            read_class_map(path, 10)
+
+
+@pytest.mark.parametrize("shared_memory", ["large", "small"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_images_in_order(image_root, monkeypatch, workers, shared_memory):
+    monkeypatch.setattr(data, "_shared_memory_holds", lambda size: shared_memory == "large")
+    images = Images(image_root, "val", transform, limit=7)
+    loaded = list(image_loader(images, 3, workers))
+    for position, expected in enumerate(zip(*images, strict=True)):
+        actual = torch.cat([torch.as_tensor(batch[position]) for batch in loaded])
+        assert torch.equal(actual, torch.stack([torch.as_tensor(item) for item in expected]))
+    assert isinstance(loaded[0][0], np.ndarray) == (workers > 0 and shared_memory == "small")
+
+
+def test_shared_memory_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "SHARED_MEMORY", tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    assert data._shared_memory_holds(free // 2) and not data._shared_memory_holds(free * 2)
+    monkeypatch.setattr(data, "SHARED_MEMORY", Path("/absent"))
+    assert data._shared_memory_holds(2**62)  # not Linux
 
 
 def test_drawn_images_follow_the_seed_and_are_different(image_root):

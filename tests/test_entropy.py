@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from generate_data import patch_similarity_entropy, total_variation
+from utils.attention import attention_outputs
 from utils.entropy import PairProducts, patch_similarity, patch_tokens
 
 
@@ -113,3 +114,20 @@ def test_total_variation_of_a_constant_image_has_a_finite_gradient():
     images = torch.ones(2, 3, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(total_variation(images), images)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "one colour an image", "one colour a channel"])
+def test_images_of_one_colour_have_finite_losses_and_gradients(model, colour):
+    images = {
+        "black": torch.full((2, 3, 32, 32), -2.0),
+        "white": torch.full((2, 3, 32, 32), 2.0),
+        "one colour an image": torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 32, 32).clone(),
+        "one colour a channel": torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 32, 32).clone(),
+    }[colour].requires_grad_()
+    with attention_outputs(model) as outputs:
+        logits = model(images)
+        terms = [sum(patch_similarity_entropy(features, 2) for features in outputs), total_variation(images)]
+        terms.append(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])))
+    for term in terms:
+        (gradient,) = torch.autograd.grad(term, images, retain_graph=True)
+        assert term.isfinite() and gradient.isfinite().all()

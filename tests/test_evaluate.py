@@ -1,10 +1,17 @@
+import copy
+import os
+import signal
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from quant import calibrate, quantize_model
-from utils.data import UNREADABLE
+from quant.modules import QuantAct
+from utils.data import UNREADABLE, image_loader
+from utils.errors import InputError
 from utils.evaluate import compare, count_correct, evaluate
 
 
@@ -68,9 +75,113 @@ def test_uncalibrated_model_is_refused(model):
         compare(model, model, torch.randn(2, 3, 32, 32))
 
 
-def test_compare_with_itself_and_with_a_quantized_model(vit):
-    import copy
+def test_a_model_with_one_range_missing_is_refused(vit):
+    quantized = calibrate(quantize_model(vit), torch.randn(2, 3, 32, 32))
+    act = next(module for module in reversed(list(quantized.modules())) if isinstance(module, QuantAct))
+    act.low = None
+    with pytest.raises(RuntimeError, match=r"not calibrated.*has no range"):
+        evaluate({"quantized": quantized}, DataLoader(Fixed([0] * 4), 2))
 
+
+def cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def host():
+    torch.empty(2**46)
+
+
+def windows():
+    raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2 bytes.")
+
+
+def python():
+    raise MemoryError
+
+
+class Hungry(nn.Module):
+    """Fails above `most` images; notes the first pixel of each that it has seen."""
+
+    def __init__(self, most, fail):
+        super().__init__()
+        self.weight, self.most, self.fail = nn.Parameter(torch.zeros(1)), most, fail
+        self.seen, self.activation = [], lambda: None
+
+    def forward(self, images):
+        assert self.activation() is None  # the memory of the attempt that failed is free
+        activation = images * 2
+        self.activation = weakref.ref(activation)
+        if len(images) > self.most:
+            self.fail()
+        self.seen += images[:, 0, 0, 0].tolist()
+        return torch.eye(10).repeat(2, 1)[: len(images)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("fail", [cuda, host, windows, python], ids=lambda fail: fail.__name__)
+def test_out_of_memory_halves_the_batch_and_counts_each_image_once(capsys, vit, fail, most):
+    data = Fixed([0] * 23)
+    hungry = Hungry(most, fail)
+    results = evaluate({"float": vit, "hungry": hungry}, DataLoader(data, 10))
+    expected = evaluate({"float": vit}, DataLoader(data, 10))
+    assert {name: results[name] for name in expected} == expected and results["n"] == 23
+    assert hungry.seen == data.images[:, 0, 0, 0].tolist()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert lines == [f"out of memory with 10 images a batch; going on with {most}"]
+
+
+def test_out_of_memory_with_one_image_ends(vit):
+    with pytest.raises(InputError, match="out of memory with one image a batch"):
+        evaluate({"hungry": Hungry(0, cuda)}, DataLoader(Fixed([0] * 4), 3))
+
+
+def test_other_errors_of_a_model_are_not_taken_for_it():
+    def fail():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        evaluate({"hungry": Hungry(0, fail)}, DataLoader(Fixed([0] * 4), 3))
+
+
+def test_out_of_memory_in_loading_goes_on_with_smaller_batches(capsys):
+    data = Fixed(list(range(10)) * 2)
+    batches = []
+
+    def collate(items):
+        batches.append(len(items))
+        if len(batches) == 3:
+            host()
+        return torch.utils.data.default_collate(items)
+
+    counted = Hungry(20, cuda)
+    assert evaluate({"a": counted}, DataLoader(data, 6, collate_fn=collate))["n"] == 20
+    assert counted.seen == data.images[:, 0, 0, 0].tolist()
+    assert "out of memory loading 6 images a batch; going on with 3" in capsys.readouterr().err
+
+
+class Killed(Fixed):
+    """Whose worker is killed at image 5, once, as by the kernel where memory is out."""
+
+    def __init__(self, marker):
+        super().__init__([0] * 12)
+        self.marker = marker
+
+    def __getitem__(self, index):
+        if index == 5 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_the_kernel_ends_is_replaced(tmp_path, capsys):
+    data = Killed(tmp_path / "marker")
+    model = Hungry(12, cuda)
+    assert evaluate({"a": model}, image_loader(data, 4, workers=1))["n"] == 12
+    assert model.seen == data.images[:, 0, 0, 0].tolist()
+    assert "out of memory loading 4 images a batch" in capsys.readouterr().err
+
+
+def test_compare_with_itself_and_with_a_quantized_model(vit):
     images = torch.randn(40, 3, 32, 32)
     assert compare(vit, vit, images) == {"agreement": 100.0, "logit_error": 0.0}
     errors = []

@@ -39,12 +39,21 @@ def test_small_images_are_enlarged_and_rows_have_eight():
         ({"images": torch.zeros(0, 3, 8, 8)}, r"got \(0, 3, 8, 8\)"),
         ({"images": torch.full((1, 3, 8, 8), float("nan"))}, "expected finite floats"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, "expected finite floats"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.float8_e4m3fn)}, "expected finite floats"),
+        ({"held_out": torch.zeros(1, 3, 8, 8)}, "expected images of shape .*; got none"),
+        ({"images": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(1, dtype=torch.int64)}, "an int64 label for each"),
+        ({"images": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2)}, "an int64 label for each of the 2 images"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=message):
         load_images(tmp_path / "a.safetensors", (8, 8))
+
+
+def test_tensors_of_other_names_are_left_out(tmp_path):
+    save_file({"images": torch.zeros(1, 3, 8, 8), "mean": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert set(load_images(tmp_path / "a.safetensors", (8, 8))) == {"images"}
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts around the method: rows, tables, sweeps, sensitivity."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from quant import quantize_model, quantizer_bits
 from scripts import rows, sensitivity, tables
+from utils.errors import InputError
 
 ROOT = Path(tables.__file__).resolve().parent.parent
 
@@ -29,6 +31,32 @@ def test_rows_are_appended_and_a_repeated_run_replaces_its_failure(tmp_path):
     first, second = rows.read_rows(path)
     assert (first["seed"], first["top1"], first["error"]) == ("0", "60.0", "")
     assert second["seed"] == "1"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"model,seed\nx,1\n", ",".join(rows.COLUMNS).encode() + b"\n1,2\n"],
+    ids=["no text", "other columns", "torn row"],
+)
+def test_rows_that_are_damaged_are_refused(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.csv"):
+        rows.read_rows(tmp_path / "rows.csv")
+
+
+def test_a_row_that_cannot_be_written_leaves_none_torn(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    rows.append_row(path, row())
+    before, write = path.read_bytes(), os.write
+
+    def fill_up(file, content):
+        write(file, content[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", fill_up)
+    with pytest.raises(InputError, match="No space left on device"):
+        rows.append_row(path, row(seed="1"))
+    assert path.read_bytes() == before
 
 
 def test_runs_side_by_side_append_whole_rows(tmp_path):

@@ -171,6 +171,16 @@ def test_damaged_checkpoints_are_refused(tmp_path, suffix, content):
     refused(path, str(path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(2), [1, 2], "text", None, {1: torch.zeros(1)}, {"model": 5}, {"state_dict": torch.zeros(1)}],
+    ids=lambda content: str(type(content)),
+)
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
+    refused(tmp_path / "weights.pth", "not a readable file of weights|found none")
+
+
 def test_truncated_checkpoints_are_refused(tmp_path, small):
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"weights{suffix}"

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from utils.data import UNREADABLE, Images
-from utils.files import check_writable, replacing
+from utils.data import Images, image_loader
+from utils.errors import InputError
+from utils.files import MEGABYTE, check_writable, replacing
 from utils.progress import progress_bar
 
 
@@ -25,15 +26,15 @@ class CachedImages(Dataset):
     """
 
     def __init__(self, images: Images, folder: Path, workers: int) -> None:
-        check_writable(folder)
-        *geometry, to_tensor, normalize = images.transform.transforms
-        self.files, self.finish = images.files, Compose([to_tensor, normalize])
-        stats = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in images.files]
-        key = hashlib.sha256(repr((geometry, images.labels, stats)).encode()).hexdigest()[:16]
-        path = folder / f"images-{key}.npy"
+        check_cache(images, folder)
+        path, pixels = _path(images, folder), _Pixels(images)
         if not path.exists():
-            _write(path, _Pixels(images, Compose(geometry)), workers)
-        self.pixels, self.labels = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
+            _write(path, pixels, workers)
+        self.files, self.finish = images.files, Compose(images.transform.transforms[-2:])  # to tensor, normalise
+        try:
+            self.pixels, self.labels = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"--cache {path}: damaged ({error}); remove it, and it is written anew") from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,8 +47,8 @@ class CachedImages(Dataset):
 class _Pixels(Dataset):
     """Decoded, resized and cropped images: uint8 (H, W, 3), label."""
 
-    def __init__(self, images: Images, geometry: Compose) -> None:
-        self.images, self.geometry = images, geometry
+    def __init__(self, images: Images) -> None:
+        self.images, self.geometry = images, Compose(images.transform.transforms[:-2])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,19 +58,38 @@ class _Pixels(Dataset):
         return np.array(self.geometry(image)), label
 
 
+def check_cache(images: Images, folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or has no space for `images` if they are not there yet."""
+    there = _path(images, folder).exists()
+    check_writable(folder, MEGABYTE if there else MEGABYTE + len(images) * _Pixels(images)[0][0].nbytes)
+
+
+def _path(images: Images, folder: Path) -> Path:
+    """The file of these images, as they are now, in `folder`."""
+    stats = [(file, *_size_and_time(file)) for file in images.files]
+    key = hashlib.sha256(repr((images.transform.transforms[:-2], images.labels, stats)).encode()).hexdigest()[:16]
+    return folder / f"images-{key}.npy"
+
+
+def _size_and_time(file: str) -> tuple[int, int]:
+    """Bytes, and time of the last change; zeros for a file that is gone, which is unreadable later on."""
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
 def _write(path: Path, pixels: _Pixels, workers: int) -> None:
     """Write the labels, then the pixels: the pixels' file is there only when both are whole."""
-    labels = np.full(len(pixels), UNREADABLE)
+    labels = []
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(pixels), *pixels[0][0].shape)}
     with replacing(path) as draft:
-        shape = (len(pixels), *pixels[0][0].shape)
-        file = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-        done = 0
-        for batch, batch_labels in progress_bar(
-            DataLoader(pixels, 64, num_workers=workers), desc="decoding", unit="batch"
-        ):
-            file[done : done + len(batch)] = batch.numpy()
-            labels[done : done + len(batch)] = batch_labels.numpy()
-            done += len(batch)
-        file.flush()
+        # Not a memory map: where the disk is full, writing to one ends the process without a word.
+        with draft.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch, batch_labels in progress_bar(image_loader(pixels, 64, workers), desc="decoding", unit="batch"):
+                file.write(np.asarray(batch))
+                labels.append(np.asarray(batch_labels))
         with replacing(path.with_suffix(".labels.npy")) as labels_draft:
-            np.save(labels_draft, labels)
+            np.save(labels_draft, np.concatenate(labels))

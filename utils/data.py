@@ -1,20 +1,27 @@
-"""Image folders in ImageNet's layout: root/{train,val}/<class>/<image>."""
+"""Image folders in ImageNet's layout, root/{train,val}/<class>/<image>, and the processes that decode them."""
 
+import ctypes
 import re
-from collections.abc import Callable
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 from utils.errors import InputError
 from utils.seeds import stream
 
 UNREADABLE = -1  # the label of an image that cannot be decoded
+SHARED_MEMORY = Path("/dev/shm")  # through which worker processes pass their tensors, on Linux
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
 
 class Images(Dataset):
@@ -45,9 +52,10 @@ class Images(Dataset):
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
         """One image in RGB with its label; a grey one with the label UNREADABLE in the place of a damaged one."""
+        file, label = self.files[index], self.labels[index]
         try:
-            return Image.open(self.files[index]).convert("RGB"), self.labels[index]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on damaged files
+            return read_image(file), label
+        except Exception:  # on damaged files Pillow raises nearly everything
             return Image.new("RGB", (64, 64), "grey"), UNREADABLE
 
     def check_classes(self, num_classes: int) -> None:
@@ -60,9 +68,106 @@ class Images(Dataset):
         if num_classes == len(expected) and looks_like_imagenet:
             extra, missing = sorted(set(self.classes) - set(expected)), sorted(set(expected) - set(self.classes))
             if extra or missing:
-                raise InputError(f"{problem}: {_some('missing', missing)}{_some('unknown', extra)}".rstrip("; "))
+                raise InputError(
+                    f"{problem}: {_some('missing', missing)}{_some('unknown', extra)}a subset needs --class-map"
+                )
+        if hidden := [name for name in self.classes if name.startswith(".")]:
+            raise InputError(f"{problem}: {_some('hidden', hidden)}remove them")
         if len(self.classes) != num_classes:
-            raise InputError(f"{problem} ({', '.join(self.classes[:3])}, ...)")
+            raise InputError(f"{problem} ({', '.join(self.classes[:3])}, ...); other folders need --class-map")
+        if all(name.isdecimal() for name in self.classes) and self.classes != sorted(self.classes, key=int):
+            raise InputError(
+                f"{self.folder}: expected names whose order is the classifier's; found numbers, which sort as "
+                f"{', '.join(self.classes[:3])}, ...; give their classes with --class-map"
+            )
+
+    def map_classes(self, path: Path, num_classes: int) -> None:
+        """Take the labels from a class map instead of the order of the folders; refuse one that does not fit."""
+        lines = read_class_map(path, num_classes)
+        for name, (number, _) in lines.items():
+            if name not in self.classes:
+                raise InputError(f"--class-map {path}, line {number}: no folder '{name}' in {self.folder}")
+        if without := [name for name in self.classes if name not in lines]:
+            raise InputError(f"--class-map {path}: expected a line for every folder; {_some('without', without)[:-2]}")
+        self.labels = [lines[self.classes[label]][1] for label in self.labels]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image in RGB as ImageNet's evaluation has it: whatever the suffix says, and not turned as EXIF asks for.
+
+    Raises:
+        Exception: what Pillow raises on a damaged file; ValueError where it is not defined which value is white.
+    """
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # convert would clip all but the darkest 1/256 to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("expected 8 or 16 bits a pixel; got 32")
+        return image.convert("RGB")
+
+
+def read_class_map(path: Path, num_classes: int) -> dict[str, tuple[int, int]]:
+    """Read a text file with one line a folder: its name, white space, and the index of its class.
+
+    Returns:
+        Number of the line and index of the class, by folder.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class-map {path}: not a readable text file ({error})") from error
+    lines: dict[str, tuple[int, int]] = {}
+    line_of: dict[int, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, *index = line.rsplit(maxsplit=1)
+        problem = f"--class-map {path}, line {number}"
+        if not (index and re.fullmatch("[0-9]{1,9}", index[0])):
+            raise InputError(f"{problem}: expected the name of a folder and the index of a class; got {line[:80]!r}")
+        name, label = name.strip(), int(index[0])
+        if label >= num_classes:
+            raise InputError(f"{problem}: expected a class from 0 to {num_classes - 1}; got {label}")
+        if name in lines:
+            raise InputError(f"{problem}: folder '{name}' again, after line {lines[name][0]}")
+        if label in line_of:
+            raise InputError(f"{problem}: class {label} again, after line {line_of[label]}")
+        lines[name], line_of[label] = (number, label), number
+    return lines
+
+
+def image_loader(images: Dataset, batch_size: int, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches of `images` in order, decoded by `workers` processes, of which none outlives this one.
+
+    Where the shared memory is too small for the batches, as in many containers, they come through pipes as arrays.
+
+    Args:
+        images: tuples whose first item is a tensor or an array.
+    """
+    options = {}
+    if workers:
+        options["worker_init_fn"] = _end_with_parent
+        first = np.asarray(images[0][0])
+        if not _shared_memory_holds(first.nbytes * min(batch_size, len(images)) * (2 * workers + 1)):  # 2 wait a worker
+            options["collate_fn"] = _as_arrays
+    return DataLoader(images, batch_size, num_workers=workers, pin_memory=pin_memory, **options)
+
+
+def _shared_memory_holds(size: int) -> bool:
+    return not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free > size
+
+
+def _as_arrays(items: Sequence[tuple]) -> list[np.ndarray]:
+    """A batch as arrays, which are sent as bytes, where tensors would be put into shared memory."""
+    return [np.stack(column) for column in zip(*items, strict=True)]
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker process: leave Ctrl-C to the main process, and end when that does, also by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_dataset(root: Path, splits: list[str]) -> None:

@@ -1,10 +1,32 @@
 """Which versions a run uses, checked on import: this module is imported before anything heavy."""
 
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+# From, and below: as in requirements.txt. The tests hold at both ends of what can be installed.
+SUPPORTED = {"torch": ("2.11", None), "torchvision": ("0.26", None), "timm": ("1.0.22", "2")}
+
+
+def unsupported(name: str, found: str) -> str:
+    """What to say of a version of a package that is out of the supported range; empty for one within."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in re.match(r"[\d.]*\d", text)[0].split(".")]
+
+    low, high = SUPPORTED[name]
+    if numbers(low) <= numbers(found) and (high is None or numbers(found) < numbers(high)):
+        return ""
+    return f"expected {name} {low} or newer{f', below {high}' if high else ''}; found {found}"
+
+
 try:
+    for package in SUPPORTED:
+        if message := unsupported(package, version(package)):
+            print(f"error: {message}; run: pip install -r requirements.txt", file=sys.stderr)
+            sys.exit(2)
     import timm
     import torch
     import torchvision
@@ -12,8 +34,6 @@ except ModuleNotFoundError as error:
     print(f"error: {error}; run: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 except (RuntimeError, ImportError) as error:  # such as "operator torchvision::nms does not exist"
-    from importlib.metadata import version
-
     found = f"torch {version('torch')} and torchvision {version('torchvision')}"
     print(f"error: {found} do not fit; install both from one source, in one command ({error})", file=sys.stderr)
     sys.exit(2)

@@ -1,12 +1,24 @@
 """Accuracy of a float and a quantized model on the same images, in one pass."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from quant import check_calibrated
-from utils.data import UNREADABLE
-from utils.progress import progress_bar
+from utils.data import UNREADABLE, image_loader
+from utils.errors import InputError
+from utils.progress import note, progress_bar
+
+# How torch's devices and allocators, and a loader whose worker the kernel ended, say that there is no memory left
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DataLoader worker (pid",
+)
 
 
 @torch.inference_mode()
@@ -15,9 +27,11 @@ def evaluate(
 ) -> dict[str, float | int | list]:
     """Top-1 and top-5 of every model, each image decoded once and seen by all of them.
 
+    Where the memory does not suffice for a batch it is halved, from there on, until it does.
+
     Args:
         models: by name, all on one device; a swapped model must be calibrated.
-        images: batches of (images, labels, indices) from utils.data.Images.
+        images: batches of (images, labels, indices), as utils.data.image_loader has them of utils.data.Images.
         report_every: batches between updates of the running accuracy.
 
     Returns:
@@ -25,23 +39,27 @@ def evaluate(
 
     Raises:
         RuntimeError: a model is not calibrated.
+        InputError: there is not the memory for one image.
     """
     for model in models.values():
         check_calibrated(model)
         model.eval()
     device = next(next(iter(models.values())).parameters()).device
     correct = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
-    count, unreadable = 0, []
-    with progress_bar(images, desc="evaluating", unit="batch") as bar:
+    count, unreadable, size = 0, [], images.batch_size
+    with progress_bar(_batches(images), total=len(images), desc="evaluating", unit="batch") as bar:
         for step, (batch, labels, indices) in enumerate(bar, start=1):
             readable = labels != UNREADABLE
             if not readable.all():
                 unreadable += [images.dataset.files[index] for index in indices[~readable].tolist()]
                 batch, labels = batch[readable], labels[readable]
-            batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            hits, enough = count_in_parts(models, batch, labels, size)
+            if enough < size:
+                note(f"out of memory with {size} images a batch; going on with {enough}")
+            size = enough
             count += len(labels)
-            for name, model in models.items() if len(labels) else ():
-                correct[name] += count_correct(model(batch), labels)
+            for name in models:
+                correct[name] += hits[name]
             if step % report_every == 0 and count:
                 bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})
     results: dict[str, float | int | list] = {"n": count, "unreadable": unreadable}
@@ -49,6 +67,28 @@ def evaluate(
         top1, top5 = (100 * hit / max(count, 1) for hit in hits.tolist())
         results |= {f"{name}_top1": top1, f"{name}_top5": top5}
     return results
+
+
+def count_in_parts(
+    models: dict[str, nn.Module], batch: Tensor, labels: Tensor, size: int
+) -> tuple[dict[str, Tensor | int], int]:
+    """Count every model's hits on a batch, `size` images at a time, or fewer where the memory does not suffice.
+
+    Args:
+        batch, labels: (B, 3, H, W) and (B,), on any device.
+
+    Returns:
+        As `count_correct`, by model, and the size that sufficed.
+    """
+    correct: dict[str, Tensor | int] = dict.fromkeys(models, 0)
+    while len(labels):
+        hits = _try_count(models, batch[:size], labels[:size])
+        if hits is None:
+            size = _half(min(size, len(labels)))
+            continue
+        correct = {name: correct[name] + hits[name] for name in models}
+        batch, labels = batch[size:], labels[size:]
+    return correct, size
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,3 +115,44 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
+
+
+def _try_count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> dict[str, Tensor] | None:
+    """Every model's hits; None where the memory does not suffice, and then nothing of the attempt is held."""
+    device = next(next(iter(models.values())).parameters()).device
+    try:
+        batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return {name: count_correct(model(batch), labels) for name, model in models.items()}
+    except (RuntimeError, MemoryError) as error:
+        _raise_unless_out_of_memory(error)
+        return None
+
+
+def _batches(images: DataLoader) -> Iterator[list[Tensor]]:
+    """The loader's batches as tensors; from where the memory does not suffice to load them, half as large."""
+    dataset, size, seen = images.dataset, images.batch_size, 0
+    while seen < len(dataset):
+        try:
+            for items in images:
+                seen += len(items[1])
+                yield [torch.as_tensor(item) for item in items]  # arrays where the shared memory is small
+            return
+        except (RuntimeError, MemoryError) as error:
+            _raise_unless_out_of_memory(error)
+        note(f"out of memory loading {size} images a batch; going on with {_half(size)}")
+        size = _half(size)
+        rest = Subset(dataset, range(seen, len(dataset)))
+        images = image_loader(rest, size, images.num_workers, images.pin_memory)
+
+
+def _half(size: int) -> int:
+    if size == 1:
+        raise InputError("out of memory with one image a batch; expected more memory, or a smaller model")
+    return size // 2
+
+
+def _raise_unless_out_of_memory(error: Exception) -> None:
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+        text in str(error) for text in OUT_OF_MEMORY
+    ):
+        raise error

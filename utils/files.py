@@ -1,27 +1,44 @@
-"""Files that are whole or absent: written beside their place, then renamed into it."""
+"""Files that are whole or absent, also after kill -9 and on a full disk; folders that one run writes to at a time."""
 
+import fcntl
+import glob
 import json
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import InputError
 
+MEGABYTE = 2**20
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` when the block ends well, else it is removed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    draft = Path(name)
+    """Yield a path to write to; it takes the place of `path` when the block ends well, else it is removed.
+
+    Whatever ends the process, `path` is the old file or the new one. A draft that kill -9 leaves behind is hidden, and
+    is removed when that file is next written.
+
+    Raises:
+        InputError: the file cannot be written, as on a full disk.
+    """
+    draft = path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
     try:
-        yield draft
-        draft.chmod(0o644)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+        _remove_abandoned(path)
+        with draft.open("ab") as lock, _removed(draft):
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.chmod(0o644)
+            os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -30,14 +47,19 @@ def write_json(path: Path, content: dict) -> None:
         draft.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def check_writable(folder: Path) -> None:
-    """Create `folder` if need be and make sure that files can be written there."""
+def check_writable(folder: Path, space: int = MEGABYTE) -> None:
+    """Create `folder` if need be, and make sure that `space` bytes can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to ({error.strerror or error})") from error
+    if free < space:
+        raise InputError(
+            f"{folder}: expected {space / MEGABYTE:.0f} MiB of free space; the disk has {free / MEGABYTE:.0f}"
+        )
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
@@ -51,3 +73,42 @@ def new_run_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep `folder` for this process within the block; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: another run has it.
+    """
+    path = folder / ".lock"
+    with path.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):  # the latter: the other run ends at this moment
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if taken:
+            raise InputError(f"{folder}: another run writes there; expected a folder that no other run uses")
+        with _removed(path):
+            yield
+
+
+@contextmanager
+def _removed(path: Path) -> Iterator[None]:
+    """Remove a file at the end of the block, if it is still there."""
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the drafts of `path` that no living process has locked."""
+    for draft in path.parent.glob(f".{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"):
+        with suppress(OSError), draft.open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()

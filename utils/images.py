@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import InputError
@@ -24,7 +24,8 @@ def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: T
         Path of the picture: the file's name with .png.
     """
     with replacing(path) as draft:
-        save_file({name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}, draft)
+        tensors = {name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}
+        draft.write_bytes(save(tensors))  # save_file would write to a draft of its own, which kill -9 leaves behind
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
         draw_grid(images * std + mean, more["labels"].tolist() if "labels" in more else None).save(draft)
@@ -32,21 +33,27 @@ def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: T
 
 
 def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Read the tensors that `save_images` wrote; `images` must be (B, 3, *size)."""
+    """Read the tensors that `save_images` wrote: `images` and perhaps `held_out` (B, 3, *size), `labels` (B,)."""
     if not path.is_file():
         raise InputError(f"--images {path}: no such file")
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name in ("images", "held_out", "labels")}
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError) as error:
         raise InputError(f"--images {path}: expected a file that generate_data.py wrote ({error})") from error
-    for name in {"images", "held_out"} & tensors.keys() or {"images"}:
+    for name in {"images", *tensors} - {"labels"}:
         images = tensors.get(name)
         if images is None or images.ndim != 4 or images.shape[1:] != (3, *size) or not len(images):
             shape = "none" if images is None else str(tuple(images.shape))
             raise InputError(f"--images {path}: expected {name} of shape (N, 3, {size[0]}, {size[1]}); got {shape}")
-        if not images.is_floating_point() or not images.isfinite().all():
-            raise InputError(f"--images {path}: expected finite floats in {name}")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        if images.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise InputError(f"--images {path}: expected finite floats in {name}; got {images.dtype}")
+        if not (images := images.float()).isfinite().all():
+            raise InputError(f"--images {path}: expected finite floats in {name}; got infinities or NaN")
+        tensors[name] = images
+    labels = tensors.get("labels")
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != tensors["images"].shape[:1]):
+        raise InputError(f"--images {path}: expected an int64 label for each of the {len(tensors['images'])} images")
+    return tensors
 
 
 def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:

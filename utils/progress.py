@@ -9,3 +9,8 @@ from tqdm import tqdm
 def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:
     """tqdm, which redraws ten times a second in a terminal and seldom where each redraw is a line of a log."""
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+
+
+def note(message: str) -> None:
+    """Print a line to stderr, above the bars."""
+    tqdm.write(message, file=sys.stderr)
