@@ -8,10 +8,12 @@ the end writes the images and a picture of them.
 
 import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
+import argparse
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,15 +24,20 @@ from tqdm import tqdm
 
 from models import build_model, model_tag, normalization
 from quant import is_calibrated
-from utils.attention import attention_outputs, layer_entropies
+from utils.attention import attention_outputs, first_not_finite, layer_entropies
+from utils.distributed import first_process_first, gather, is_first, process_group, rank, world_size
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
+from utils.memory import is_out_of_memory
 from utils.options import Parser, add_generation_options, add_model_options, pick_device, positive
 from utils.plots import plot_generation, require_matplotlib
-from utils.progress import progress_bar
-from utils.seeds import stream
+from utils.precision import float32_products, model_products
+from utils.progress import note, progress_bar
+from utils.seeds import make_deterministic, stream
+from utils.signals import Stopped, stop_requests
+from utils.state import digest, load_state, save_state, unfinished
 
 __all__ = ["GenerationSettings", "draw_labels", "generate_data", "patch_similarity_entropy", "total_variation"]
 
@@ -50,6 +57,10 @@ class GenerationSettings:
     tv_weight: float = 0.05  # of L_TV
     tv_target: tuple[float, float] = (2500.0, 3000.0)  # drawn uniformly; for 32 images of 224x224
     batch_size: int = 32  # images that share one loss: TV and the end points of the density see all of them
+    # How it is computed
+    precision: str = "fp32"  # of the model's own products: fp32, tf32 or bf16; the losses are always float32
+    compile: bool = False  # with torch.compile, where that works
+    checkpoint_activations: bool = False  # compute them again in the backward pass: less memory, more time
 
 
 def generate_data(
@@ -59,10 +70,12 @@ def generate_data(
     settings: GenerationSettings | None = None,
     progress: bool = True,
     losses: list[list[float]] | None = None,
+    state: Path | None = None,
 ) -> Tensor:
     """Optimise Gaussian noise into images for `model`.
 
-    More images than `settings.batch_size` are made in batches, each with losses of its own.
+    More images than `settings.batch_size` are made in batches, each with losses of its own. The processes of a
+    torchrun share the batches, and all return all images.
 
     Args:
         model: a timm ViT, DeiT or Swin in float, on the device to work on. It is left as it was.
@@ -70,23 +83,38 @@ def generate_data(
         seed: of noise, labels, jitter and TV target; the same seed gives the same images on one device.
         settings: None for the published ones.
         progress: show a bar with the terms of the loss.
-        losses: a list that each step extends by its [L_PSE, L_OH, L_TV].
+        losses: a list that is extended by [L_PSE, L_OH, L_TV] of each step.
+        state: a folder for finished and interrupted batches; what is there of this very computation is gone on from.
 
     Returns:
         (num_images, 3, H, W) on the CPU: normalised pixels of the model's input size, all within the valid range.
 
     Raises:
         TypeError: the model has no attention of timm's ViT or Swin, or is quantized: rounding has no gradient.
-        FloatingPointError: a term of the loss is not finite; names it.
+        FloatingPointError: a term of the loss is not finite; names it, and the layer.
+        InputError: there is not the memory for a batch, or `state` holds another computation's.
+        Stopped: SIGINT or SIGTERM came, and `state` is saved.
     """
     if is_calibrated(model):
         raise TypeError("generate_data expects a float model; got one that is calibrated")
     settings = settings or GenerationSettings()
-    batches = draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)
-    steps = len(batches) * settings.rounds * settings.steps
-    with frozen(model), progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar:
-        losses = [] if losses is None else losses
-        return torch.cat([_optimise(model, labels, seed, i, settings, bar, losses) for i, labels in enumerate(batches)])
+    batches = list(enumerate(draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)))
+    mine, finished = batches[rank() :: world_size()], {}
+    steps = len(mine) * settings.rounds * settings.steps
+    with (
+        frozen(model, settings.checkpoint_activations),
+        float32_products(tf32=settings.precision == "tf32"),
+        stop_requests() as stop,
+        progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar,
+    ):
+        for index, labels in mine:
+            batch = Batch(model, labels, seed, index, settings, state)
+            bar.update(batch.step)
+            finished[index] = batch.optimise(bar, stop)
+    finished = {index: result for some in gather(finished) for index, result in some.items()}
+    if losses is not None:
+        losses += [row for index in sorted(finished) for row in finished[index][1]]
+    return torch.cat([finished[index][0] for index in sorted(finished)])
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -102,74 +130,187 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def _optimise(
-    model: nn.Module, labels: Tensor, seed: int, batch: int, settings: GenerationSettings, bar: tqdm, losses: list
-) -> Tensor:
-    """Generate one batch, an image a label."""
-    device, size = next(model.parameters()).device, model.patch_embed.img_size
-    mean, std = normalization(model)
-    darkest, brightest = (-mean / std).to(device), ((1 - mean) / std).to(device)  # (3, 1, 1), of valid pixels
-    B, labels = len(labels), labels.to(device)
-    images = torch.randn(B, 3, *size, generator=stream(seed, "images", batch)).to(device).requires_grad_()
-    random = stream(seed, "augmentation", batch)
-    # TV grows with the square root of the number of pixels in the batch; the published target is for 32 of 224x224.
-    low, high = (target * math.sqrt(B * math.prod(size) / (32 * 224 * 224)) for target in settings.tv_target)
-    tv_target = low + (high - low) * torch.rand((), generator=random).item()
+class Batch:
+    """Images that share one loss, under optimisation: all that a step reads and writes, in memory and on disk."""
 
-    full_rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
-    optimizer = torch.optim.Adam([images], lr=full_rate, betas=settings.betas)
-    recent: list[Tensor] = []
-    with attention_outputs(model) as outputs:
-        for turn in range(settings.rounds):
-            reach = round(settings.jitter * (turn + 1) * size[0])
-            for step in range(settings.steps):
-                optimizer.param_groups[0]["lr"] = full_rate * learning_rate_factor(step, settings)
-                offset = torch.randint(-reach, reach + 1, (), generator=random).item()
-                shifted = images.roll((offset, offset), dims=(2, 3))
-                if torch.rand((), generator=random) < 0.5:
-                    shifted = shifted.flip(3)
+    def __init__(
+        self, model: nn.Module, labels: Tensor, seed: int, index: int, settings: GenerationSettings, state: Path | None
+    ) -> None:
+        device, size, B = next(model.parameters()).device, model.patch_embed.img_size, len(labels)
+        self.model, self.labels, self.index, self.settings = model, labels.to(device), index, settings
+        self.images = torch.randn(B, 3, *size, generator=stream(seed, "images", index)).to(device).requires_grad_()
+        self.random = stream(seed, "augmentation", index)
+        # TV grows with the root of the number of pixels in the batch; the published target is for 32 of 224x224.
+        low, high = (target * math.sqrt(B * math.prod(size) / (32 * 224 * 224)) for target in settings.tv_target)
+        self.tv_target = low + (high - low) * torch.rand((), generator=self.random).item()
+        self.rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam([self.images], lr=self.rate, betas=settings.betas, fused=fused)
+        self.step, self.losses = 0, []
+        self.file = state and state / f"batch-{index}.safetensors"
+        if self.file:
+            self.identity = {"weights": digest(model), "seed": seed, "labels": labels.tolist(), **asdict(settings)}
+            if self.file.exists():
+                self.restore(load_state(self.file, self.identity))
 
-                logits = model(shifted)  # (B, classes)
-                entropy = sum(patch_similarity_entropy(features, B) for features in outputs)
-                terms = {
-                    "L_PSE": -entropy,
-                    "L_OH": F.cross_entropy(logits.float(), labels),
-                    "L_TV": (total_variation(shifted) - tv_target).abs(),
-                }
-                loss = terms["L_PSE"] + settings.class_weight * terms["L_OH"] + settings.tv_weight * terms["L_TV"]
-                (images.grad,) = torch.autograd.grad(loss, images)
-                optimizer.step()
+    def optimise(self, bar: tqdm, stop: Callable[[], int | None]) -> tuple[Tensor, list[list[float]]]:
+        """Do all steps that are left; `stop` tells whether a signal asks to stop after the present one.
+
+        Returns:
+            The images, on the CPU, and the terms of every step.
+        """
+        mean, std = (value.to(self.images.device) for value in normalization(self.model))
+        darkest, brightest = -mean / std, (1 - mean) / std  # (3, 1, 1), of valid pixels
+        reach = self.settings.jitter * self.images.shape[2]
+        weights = torch.tensor([1.0, self.settings.class_weight, self.settings.tv_weight], device=mean.device)
+        good, recent = self.snapshot(), []
+        with attention_outputs(self.model) as outputs:
+            terms = loss_terms(self.model, outputs, self.labels, self.tv_target, self.settings.precision)
+            if self.settings.compile and not self.settings.checkpoint_activations:
+                terms = _compiled(terms, self.images)
+            while self.step < self.settings.rounds * self.settings.steps:
+                turn, step = divmod(self.step, self.settings.steps)
+                self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
+                shifted = self.augment(round(reach * (turn + 1)))
+                try:
+                    values = terms(shifted)
+                    (self.images.grad,) = torch.autograd.grad(values @ weights, self.images)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    values = None
+                if values is None:  # here the memory of the attempt is free again
+                    raise InputError(self.what_fits(terms))
+                self.optimizer.step()
                 with torch.no_grad():
-                    images.clamp_(darkest, brightest)
-                outputs.clear()
-
-                recent.append(torch.stack(list(terms.values())).detach())
+                    self.images.clamp_(darkest, brightest)
+                self.step += 1
+                recent.append(values.detach())
                 bar.update()
-                if len(recent) == 10 or step + 1 == settings.steps:  # seldom: reading them waits for the device
-                    losses += _read(list(terms), recent, turn * settings.steps + step + 1, bar)
-                    recent.clear()
-    return images.detach().cpu()
+
+                last = step + 1 == self.settings.steps
+                if len(recent) == 10 or last or stop():  # seldom: reading the losses waits for the device
+                    self.read(recent, bar, good)
+                    good, recent = self.snapshot(), []
+                if stop():
+                    raise Stopped(stop(), self.keep(good, f"interrupted at step {self.step}"))
+        self.keep(good, "finished")
+        return self.images.detach().cpu(), self.losses
+
+    def augment(self, reach: int) -> Tensor:
+        """The images shifted cyclically, by the same random offset down and right, and flipped in half of all cases."""
+        offset = torch.randint(-reach, reach + 1, (), generator=self.random).item()
+        shifted = self.images.roll((offset, offset), dims=(2, 3))
+        return shifted.flip(3) if torch.rand((), generator=self.random) < 0.5 else shifted
+
+    def read(self, recent: list[Tensor], bar: tqdm, good: dict[str, Tensor]) -> None:
+        """Read the terms of the `recent` steps and show the last; stop at the first that is not finite."""
+        rows, names = torch.stack(recent).tolist(), ("L_PSE", "L_OH", "L_TV")
+        for step, row in enumerate(rows, start=self.step - len(rows) + 1):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    layer = first_not_finite(self.model, good["images"])
+                    where = f"{layer} is the first layer that is not" if layer else "all layers were finite before"
+                    problem = f"{name} became {value} at step {step}; expected finite losses; {where}"
+                    raise FloatingPointError(self.keep(good, problem))
+        if not self.images.isfinite().all():
+            raise FloatingPointError(self.keep(good, f"the gradient was not finite by step {self.step}"))
+        bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, rows[-1], strict=True)})
+        self.losses += rows
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of everything that steps change."""
+        moments = self.optimizer.state.get(self.images, {})
+        return {
+            "images": self.images.detach().clone(),
+            **{name: moments[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in moments},
+            "random": self.random.get_state(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go back to a snapshot."""
+        self.step, self.losses = len(tensors["losses"]), tensors["losses"].tolist()
+        self.images.data = tensors["images"].to(self.images.device)
+        self.random.set_state(tensors["random"])
+        if self.step:
+            moments = {name: tensors[name].to(self.images.device) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[self.images] = moments | {"step": torch.tensor(float(self.step))}
+
+    def keep(self, snapshot: dict[str, Tensor], why: str) -> str:
+        """Write a snapshot to the batch's file, if it has one; returns `why`, and where to go on from."""
+        if not self.file:
+            return why
+        save_state(self.file, {name: value.cpu() for name, value in snapshot.items()}, self.identity)
+        return f"{why}; the state of step {len(snapshot['losses'])} is in {self.file.parent}: go on with --resume"
+
+    def what_fits(self, terms: Callable[[Tensor], Tensor]) -> str:
+        """Say that the memory does not suffice, and for how many images it would."""
+        size = len(self.labels) // 2
+        while size and not _fits(terms, self.images[:size]):
+            size //= 2
+        advice = [] if self.settings.checkpoint_activations else ["--checkpoint-activations takes less"]
+        advice += [f"{size} images at a time would fit"] if size else []
+        return f"out of memory with {len(self.labels)} images: {', and '.join(advice) or 'not even one would fit'}"
 
 
-def _read(names: list[str], recent: list[Tensor], last_step: int, bar: tqdm) -> list[list[float]]:
-    """Read the terms of the `recent` steps; show the last in the bar, and stop at the first that is not finite."""
-    rows = torch.stack(recent).tolist()
-    for step, row in enumerate(rows, start=last_step - len(rows) + 1):
-        for name, value in zip(names, row, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} at step {step}; expected finite losses")
-    bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, rows[-1], strict=True)})
-    return rows
+def loss_terms(
+    model: nn.Module, outputs: list[Tensor], labels: Tensor, tv_target: float, precision: str
+) -> Callable[[Tensor], Tensor]:
+    """The function from images (B, 3, H, W) to [L_PSE, L_OH, L_TV]: (3,) in float32.
+
+    Args:
+        outputs: the list to which `attention_outputs` appends.
+        labels: (B,) or more, on the device.
+    """
+
+    def terms(images: Tensor) -> Tensor:
+        outputs.clear()
+        with model_products(precision, images.device):
+            logits = model(images)  # (B, classes)
+        entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
+        outputs.clear()
+        cross_entropy = F.cross_entropy(logits.float(), labels[: len(images)])
+        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - tv_target).abs()])
+
+    return terms
+
+
+def _compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
+    """`terms` compiled, tried forward and backward; `terms` itself, and a line that says so, where that fails."""
+    compiled = torch.compile(terms, fullgraph=True, dynamic=False)
+    try:
+        torch.autograd.grad(compiled(images).sum(), images)
+    except RuntimeError as error:  # no compiler, no Triton, a part that cannot be traced
+        if is_out_of_memory(error):
+            return terms  # which tells what would fit
+        note(f"torch.compile failed; going on without it ({str(error).strip().splitlines()[0]})")
+        return terms
+    return compiled
+
+
+def _fits(terms: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+    """Whether the memory suffices for a step with these images."""
+    images = images.detach().requires_grad_()
+    try:
+        torch.autograd.grad(terms(images).sum(), images)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, checkpoint_activations: bool = False) -> Iterator[None]:
     """Within the context the model is in evaluation mode and no parameter asks for a gradient."""
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval().requires_grad_(False)
+        model.set_grad_checkpointing(checkpoint_activations)
         yield
     finally:
+        model.set_grad_checkpointing(False)
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -181,7 +322,18 @@ def plot_losses(path: Path, model: nn.Module, images: Tensor, seed: int, losses:
     plot_generation(path, torch.tensor(losses), layer_entropies(model, noise), layer_entropies(model, images))
 
 
-def main() -> None:
+def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
+    """What the command line asks for. Compilation pays where kernels are launched from afar, on a GPU."""
+    return GenerationSettings(
+        steps=options.steps,
+        precision=options.precision,
+        compile=device.type == "cuda" if options.compile is None else options.compile,
+        checkpoint_activations=options.checkpoint_activations,
+    )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = Parser(description="Generate images from a vision transformer, with no data.")
     add_model_options(parser)
     add_generation_options(parser)
@@ -194,7 +346,11 @@ def main() -> None:
         metavar="FILE",
         help="file for the images; a picture of them goes beside it (images.safetensors)",
     )
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def check_options(options: argparse.Namespace) -> tuple[torch.device, Path]:
+    """Refuse what cannot work before any work is done; returns the device and the folder for unfinished batches."""
     model_tag(options.model)
     if options.output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name that ends in .safetensors; got {options.output}")
@@ -202,15 +358,35 @@ def main() -> None:
         require_matplotlib()
     device = pick_device(options.device)
     check_writable(options.output.parent)
-    model = build_model(options.model, options.checkpoint).to(device)
+    return device, options.output.with_suffix(".unfinished")
 
-    settings, losses = replace(GenerationSettings(), steps=options.steps), []
-    images = generate_data(model, options.num_images, options.seed, settings, losses=losses)
+
+def run(options: argparse.Namespace) -> None:
+    """Generate, and write the images, a picture of them, and plots if asked for."""
+    if options.deterministic:
+        make_deterministic()
+    with first_process_first():
+        device, state = check_options(options)
+        if is_first():
+            unfinished(state, options.resume)
+        model = build_model(options.model, options.checkpoint).to(device)
+    losses: list[list[float]] = []
+    settings = generation_settings(options, device)
+    images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
+    if not is_first():
+        return
     labels = draw_labels(options.num_images, model.num_classes, options.seed)
     picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+    shutil.rmtree(state)
     if options.plots:
         plot_losses(options.output.with_suffix(".losses.png"), model, images, options.seed, losses)
     print(f"{len(images)} images: {options.output}, and to look at: {picture}")
+
+
+def main() -> None:
+    options = parse()
+    with process_group():
+        run(options)
 
 
 if __name__ == "__main__":

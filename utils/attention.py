@@ -1,6 +1,6 @@
-"""What attention layers of a timm model put out, read without altering the model."""
+"""What the layers of a timm model put out, its attention above all, read without altering the model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,8 @@ from utils.entropy import patch_similarity_entropy
 def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the context each forward pass appends softmax(QK^T) V of every attention layer, (B*W, h, N, d), in order.
 
-    It is read where heads are merged, as the input of the projection, so that fused attention stays usable.
+    It is read where heads are merged, as the input of the projection, so that fused attention stays usable. What
+    activation checkpointing computes again in the backward pass is not appended.
     """
     layers = [module for module in model.modules() if isinstance(module, (Attention, WindowAttention))]
     if not layers:
@@ -25,6 +26,8 @@ def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def hook(layer: nn.Module) -> RemovableHandle:
         def keep(projection: nn.Module, inputs: tuple[Tensor]) -> None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                return  # in the backward pass
             outputs.append(inputs[0].unflatten(2, (layer.num_heads, -1)).transpose(1, 2))  # (B*W, h, N, d)
 
         return layer.proj.register_forward_pre_hook(keep)
@@ -43,3 +46,19 @@ def layer_entropies(model: nn.Module, images: Tensor) -> list[float]:
     with attention_outputs(model) as outputs:
         model(images.to(next(model.parameters()).device))
     return [patch_similarity_entropy(features, len(images)).item() for features in outputs]
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
+    """Name of the first layer whose output for `images` is not finite; None if all are."""
+    names: list[str] = []
+
+    def hook(name: str) -> Callable:
+        return lambda layer, inputs, output: None if output.isfinite().all() else names.append(name)
+
+    layers = [(name, layer) for name, layer in model.named_modules() if not any(layer.children())]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return names[0] if names else None

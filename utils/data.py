@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
+from utils.distributed import rank, world_size
 from utils.errors import InputError
 from utils.seeds import stream
 
@@ -145,7 +146,7 @@ def image_loader(images: Dataset, batch_size: int, workers: int, pin_memory: boo
         images: tuples whose first item is a tensor or an array.
     """
     options = {}
-    if workers:
+    if workers and len(images):
         options["worker_init_fn"] = _end_with_parent
         first = np.asarray(images[0][0])
         if not _shared_memory_holds(first.nbytes * min(batch_size, len(images)) * (2 * workers + 1)):  # 2 wait a worker
@@ -168,6 +169,14 @@ def _end_with_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Shard(Subset):
+    """Of `images` those that fall to this process: every world_size-th, from its rank on. Their indices stay."""
+
+    def __init__(self, images: Images) -> None:
+        super().__init__(images, range(rank(), len(images), world_size()))
+        self.files = images.files
 
 
 def check_dataset(root: Path, splits: list[str]) -> None:

@@ -4,13 +4,18 @@ import errno
 import sys
 from collections.abc import Callable
 
+from utils.signals import Stopped
+
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message says in one line what was expected and what came."""
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run `main`; bad input, NaN in a model or a full disk ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Run `main`, and end with one line where it does not end well.
+
+    Exit codes: 2 for bad input, NaN in a model or a full disk; 130 for Ctrl-C and 143 for SIGTERM.
+    """
     try:
         main()
     except (InputError, FloatingPointError) as error:
@@ -21,6 +26,9 @@ def exit_cleanly(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -8,17 +8,10 @@ from torch.utils.data import DataLoader, Subset
 
 from quant import check_calibrated
 from utils.data import UNREADABLE, image_loader
+from utils.distributed import gather
 from utils.errors import InputError
+from utils.memory import is_out_of_memory
 from utils.progress import note, progress_bar
-
-# How torch's devices and allocators, and a loader whose worker the kernel ended, say that there is no memory left
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "DataLoader worker (pid",
-)
 
 
 @torch.inference_mode()
@@ -27,7 +20,8 @@ def evaluate(
 ) -> dict[str, float | int | list]:
     """Top-1 and top-5 of every model, each image decoded once and seen by all of them.
 
-    Where the memory does not suffice for a batch it is halved, from there on, until it does.
+    Where the memory does not suffice for a batch it is halved, from there on, until it does. Of several processes each
+    sees its own shard, and all return the sums.
 
     Args:
         models: by name, all on one device; a swapped model must be calibrated.
@@ -62,9 +56,14 @@ def evaluate(
                 correct[name] += hits[name]
             if step % report_every == 0 and count:
                 bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})
-    results: dict[str, float | int | list] = {"n": count, "unreadable": unreadable}
-    for name, hits in correct.items():
-        top1, top5 = (100 * hit / max(count, 1) for hit in hits.tolist())
+    shards = gather((count, unreadable, {name: hits.cpu() for name, hits in correct.items()}))
+    n = sum(count for count, _, _ in shards)
+    results: dict[str, float | int | list] = {
+        "n": n,
+        "unreadable": sorted(file for _, files, _ in shards for file in files),
+    }
+    for name in models:
+        top1, top5 = (100 * hit / max(n, 1) for hit in sum(hits[name] for _, _, hits in shards).tolist())
         results |= {f"{name}_top1": top1, f"{name}_top5": top5}
     return results
 
@@ -124,7 +123,8 @@ def _try_count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> d
         batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         return {name: count_correct(model(batch), labels) for name, model in models.items()}
     except (RuntimeError, MemoryError) as error:
-        _raise_unless_out_of_memory(error)
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
@@ -138,7 +138,8 @@ def _batches(images: DataLoader) -> Iterator[list[Tensor]]:
                 yield [torch.as_tensor(item) for item in items]  # arrays where the shared memory is small
             return
         except (RuntimeError, MemoryError) as error:
-            _raise_unless_out_of_memory(error)
+            if not is_out_of_memory(error):
+                raise
         note(f"out of memory loading {size} images a batch; going on with {_half(size)}")
         size = _half(size)
         rest = Subset(dataset, range(seen, len(dataset)))
@@ -149,10 +150,3 @@ def _half(size: int) -> int:
     if size == 1:
         raise InputError("out of memory with one image a batch; expected more memory, or a smaller model")
     return size // 2
-
-
-def _raise_unless_out_of_memory(error: Exception) -> None:
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-        text in str(error) for text in OUT_OF_MEMORY
-    ):
-        raise error

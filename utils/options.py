@@ -8,7 +8,9 @@ from typing import NoReturn
 import torch
 
 from quant.quantizers import BIT_WIDTHS
+from utils.distributed import local_rank
 from utils.errors import InputError
+from utils.precision import PRECISIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,18 +48,37 @@ def add_bit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add --seed, --steps and --plots."""
+    """Add what both scripts have for generation: seed, steps, plots, and how it is computed."""
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of all that is drawn at random (0)")
     parser.add_argument(
         "--steps", type=positive, default=500, metavar="N", help="optimisation steps in each of the two rounds (500)"
     )
     parser.add_argument("--plots", action="store_true", help="draw plots of the run (needs requirements-plots.txt)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the model's matrix products in generation; losses, and all of evaluation, are fp32 (fp32)",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="generate with torch.compile: a minute first, then faster steps (on cuda; not on a cpu)",
+    )
+    parser.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="generate with less memory, and a third more time: forward passes are repeated (keep activations)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from where this command was interrupted")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU, too; slower")
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, checked; cuda if there is one and cpu otherwise for None."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None or name == "cuda":  # each process of a torchrun has its own
+        count = torch.cuda.device_count()
+        name = f"cuda:{local_rank() % count}" if count else name or "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

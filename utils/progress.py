@@ -5,9 +5,12 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from utils.distributed import is_first
+
 
 def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:
     """tqdm, which redraws ten times a second in a terminal and seldom where each redraw is a line of a log."""
+    options["disable"] = options.get("disable", False) or not is_first()
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
 
 

@@ -1,0 +1,72 @@
+"""Several processes, started by torchrun, that share the work of one run; in a single process nothing here acts.
+
+    torchrun --nproc_per_node 4 test_quant.py --model deit_base --dataset /path/to/imagenet
+
+Only results travel between processes, so gloo serves GPUs as well. A process that dies is torchrun's business: it ends
+the others.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(days=1)  # while others wait, one process may optimise images for long
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started. Within the context only the first one prints to stdout."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        if is_first():
+            yield
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process reports, and writes files."""
+    return rank() == 0
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process runs the block before the others: it downloads, checks and fills caches for all."""
+    if not is_first():
+        dist.barrier()
+    yield
+    if is_first() and world_size() > 1:
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, in the order of their ranks, in every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values

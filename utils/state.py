@@ -1,0 +1,61 @@
+"""The state of an unfinished computation on disk, to go on from."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from utils.errors import InputError
+from utils.files import check_writable, replacing
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any]) -> None:
+    """Write the tensors, and of what computation they are: what it depends on, by name."""
+    check_writable(path.parent)
+    with replacing(path) as draft:
+        draft.write_bytes(save(tensors, {"identity": json.dumps(identity)}))
+
+
+def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Tensor]:
+    """Read what `save_state` wrote of the same computation.
+
+    Raises:
+        InputError: the file is not readable, or is the state of another computation; names the difference.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = json.loads(file.metadata()["identity"])
+        differences = [name for name, value in json.loads(json.dumps(identity)).items() if found.get(name) != value]
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected the state of an interrupted run ({error})") from error
+    if differences:
+        name = differences[0]
+        raise InputError(f"{path}: of another run: expected {name} {identity[name]}, got {found.get(name)}")
+    return tensors
+
+
+def unfinished(folder: Path, resume: bool) -> Path:
+    """The folder for a run's states: to go on from, where `resume` asks for it, else without what an older run left.
+
+    Raises:
+        InputError: there is nothing to resume.
+    """
+    if resume and not any(folder.glob("**/*.safetensors")):
+        raise InputError(f"--resume: expected the state of an interrupted run in {folder}; found none")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def digest(model: nn.Module) -> str:
+    """A name for the weights of a model."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
