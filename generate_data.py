@@ -9,6 +9,7 @@ the end writes the images and a picture of them.
 import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import argparse
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -146,6 +147,9 @@ class Batch:
         self.rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([self.images], lr=self.rate, betas=settings.betas, fused=fused)
+        self.weights = torch.tensor([1.0, settings.class_weight, settings.tv_weight], device=device)
+        mean, std = normalization(model)
+        self.valid = (-mean / std).to(device), ((1 - mean) / std).to(device)  # (3, 1, 1) each, of valid pixels
         self.step, self.losses = 0, []
         self.file = state and state / f"batch-{index}.safetensors"
         if self.file:
@@ -159,43 +163,43 @@ class Batch:
         Returns:
             The images, on the CPU, and the terms of every step.
         """
-        mean, std = (value.to(self.images.device) for value in normalization(self.model))
-        darkest, brightest = -mean / std, (1 - mean) / std  # (3, 1, 1), of valid pixels
-        reach = self.settings.jitter * self.images.shape[2]
-        weights = torch.tensor([1.0, self.settings.class_weight, self.settings.tv_weight], device=mean.device)
         good, recent = self.snapshot(), []
         with attention_outputs(self.model) as outputs:
             terms = loss_terms(self.model, outputs, self.labels, self.tv_target, self.settings.precision)
             if self.settings.compile and not self.settings.checkpoint_activations:
-                terms = _compiled(terms, self.images)
+                terms = compiled(terms, self.images)
             while self.step < self.settings.rounds * self.settings.steps:
-                turn, step = divmod(self.step, self.settings.steps)
-                self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
-                shifted = self.augment(round(reach * (turn + 1)))
                 try:
-                    values = terms(shifted)
-                    (self.images.grad,) = torch.autograd.grad(values @ weights, self.images)
+                    values = self.advance(terms)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     values = None
-                if values is None:  # here the memory of the attempt is free again
+                if values is None:  # here, the memory of the attempt is free again
                     raise InputError(self.what_fits(terms))
-                self.optimizer.step()
-                with torch.no_grad():
-                    self.images.clamp_(darkest, brightest)
-                self.step += 1
-                recent.append(values.detach())
+                recent.append(values)
                 bar.update()
-
-                last = step + 1 == self.settings.steps
-                if len(recent) == 10 or last or stop():  # seldom: reading the losses waits for the device
+                if (
+                    len(recent) == 10 or self.step % self.settings.steps == 0 or stop()
+                ):  # seldom: it waits for the device
                     self.read(recent, bar, good)
                     good, recent = self.snapshot(), []
                 if stop():
                     raise Stopped(stop(), self.keep(good, f"interrupted at step {self.step}"))
         self.keep(good, "finished")
         return self.images.detach().cpu(), self.losses
+
+    def advance(self, terms: Callable[[Tensor], Tensor]) -> Tensor:
+        """One step; returns the terms of its loss, (3,)."""
+        turn, step = divmod(self.step, self.settings.steps)
+        self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
+        values = terms(self.augment(round(self.settings.jitter * (turn + 1) * self.images.shape[2])))
+        (self.images.grad,) = torch.autograd.grad(values @ self.weights, self.images)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.images.clamp_(*self.valid)
+        self.step += 1
+        return values.detach()
 
     def augment(self, reach: int) -> Tensor:
         """The images shifted cyclically, by the same random offset down and right, and flipped in half of all cases."""
@@ -276,17 +280,18 @@ def loss_terms(
     return terms
 
 
-def _compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
+def compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
     """`terms` compiled, tried forward and backward; `terms` itself, and a line that says so, where that fails."""
-    compiled = torch.compile(terms, fullgraph=True, dynamic=False)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of there being no CUDA
+    fast = torch.compile(terms, fullgraph=True, dynamic=False)
     try:
-        torch.autograd.grad(compiled(images).sum(), images)
+        torch.autograd.grad(fast(images).sum(), images)
     except RuntimeError as error:  # no compiler, no Triton, a part that cannot be traced
         if is_out_of_memory(error):
             return terms  # which tells what would fit
         note(f"torch.compile failed; going on without it ({str(error).strip().splitlines()[0]})")
         return terms
-    return compiled
+    return fast
 
 
 def _fits(terms: Callable[[Tensor], Tensor], images: Tensor) -> bool:

@@ -1,0 +1,211 @@
+"""How fast generation and evaluation are, against their limit: the bare model, in the same run.
+
+    python scripts/benchmark.py --model deit_tiny swin_tiny --batch 8 [--compile] [--json FILE]
+
+bare           one forward and one backward pass of the frozen timm model, to the image
+step           one whole step of image generation
+transcription  a step with the formulas as one would write them down first (tests/oracle.py), all gradients on
+peak memory    of each of the first two, in a process of its own: resident on a CPU, allocated on a GPU
+evaluation     images a second of the float and of the quantized model
+
+Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription take turns, so that
+a slow minute of the machine is every one's.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import oracle
+
+from generate_data import Batch, GenerationSettings, compiled, draw_labels, frozen, loss_terms
+from models import build_model
+from quant import calibrate, quantize_model
+from utils.attention import attention_outputs
+from utils.environment import device_name, versions
+from utils.errors import exit_cleanly
+from utils.options import Parser, pick_device, positive
+from utils.precision import PRECISIONS, float32_products, model_products
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", nargs="+", default=["deit_tiny", "swin_tiny"], metavar="NAME", help="(deit_tiny swin_tiny)")
+    add("--batch", type=positive, default=8, metavar="B", help="images a step (8)")
+    add("--eval-batch", type=positive, default=50, metavar="B", help="images a batch in evaluation (50)")
+    add("--device", metavar="NAME", help="cuda, cpu (cuda if there is one, else cpu)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the models' products in a step (fp32)")
+    add("--compile", action="store_true", help="compile bare model, step and both models of the evaluation (eager)")
+    add("--rounds", type=positive, default=11, metavar="N", help="timings of each, after two to warm up (11)")
+    add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--peak", choices=["bare", "step"], help=argparse.SUPPRESS)  # measure the memory of one, in this process
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    if options.peak:
+        print(peak_memory(options, device))
+        return
+    rows = [benchmark(name, options, device) for name in options.model]
+    columns = ("bare_ms", "step_ms", "transcription_ms", "step_over_bare", "speedup", "bare_peak_mb", "peak_mb")
+    columns += ("float_images_per_s", "quant_images_per_s")
+    print(device_name(device), json.dumps(versions()))
+    for row in rows:
+        print(f"{row['model']}, batch {row['batch']}, {row['precision']}, {row['mode']}")
+        for column in columns:
+            print(f"  {column:<20}{'not run' if row[column] is None else format(row[column], '.2f'):>10}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> dict:
+    """All figures of one model."""
+    kinds = ("bare", "step") if options.no_transcription else ("bare", "step", "transcription")
+    with ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
+        steps = {kind: step_of(kind, name, options, device, contexts) for kind in kinds}
+        seconds = take_turns(steps, options.rounds, device)
+    bare, step, transcription = seconds["bare"], seconds["step"], seconds.get("transcription")
+    peaks = {kind: peak_in_process(kind, name, options) for kind in ("bare", "step")}
+    throughput = evaluation(name, options, device)
+    return {
+        "model": name,
+        "device": device_name(device),
+        "batch": options.batch,
+        "precision": options.precision,
+        "mode": "compiled" if options.compile else "eager",
+        "bare_ms": 1000 * bare,
+        "step_ms": 1000 * step,
+        "transcription_ms": transcription and 1000 * transcription,
+        "step_over_bare": step / bare,
+        "speedup": transcription and transcription / step,
+        "peak_mb": peaks["step"],
+        "bare_peak_mb": peaks["bare"],
+        "float_images_per_s": throughput["float"],
+        "quant_images_per_s": throughput["quantized"],
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def step_of(
+    kind: str, name: str, options: argparse.Namespace, device: torch.device, contexts: ExitStack
+) -> Callable[[], object]:
+    """The function that does one step of a kind, bare, step or transcription, as long as `contexts` are open."""
+    torch.manual_seed(0)
+    model = build_model(name, pretrained=False).to(device)
+    settings = GenerationSettings(precision=options.precision, compile=options.compile)
+    labels = draw_labels(options.batch, model.num_classes)
+    batch = Batch(model, labels, 0, 0, settings, None)
+    if kind == "transcription":
+        return lambda: transcribed_step(model, batch)
+    contexts.enter_context(frozen(model))
+    if kind == "bare":
+        return bare_step(model, batch, options)
+    outputs = contexts.enter_context(attention_outputs(model))
+    terms = loss_terms(model, outputs, batch.labels, batch.tv_target, options.precision)
+    if options.compile:
+        terms = compiled(terms, batch.images)
+    return lambda: batch.advance(terms)
+
+
+def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
+    """Forward and backward to the image, and nothing else."""
+
+    def loss(images: Tensor) -> Tensor:
+        with model_products(options.precision, images.device):
+            return nn.functional.cross_entropy(model(images).float(), batch.labels)
+
+    loss = torch.compile(loss, fullgraph=True) if options.compile else loss
+    return lambda: torch.autograd.grad(loss(batch.images), batch.images)
+
+
+def transcribed_step(model: nn.Module, batch: Batch) -> None:
+    """The published way: broadcast cosines, the whole density in autograd, gradients of all weights, two host waits."""
+    with attention_outputs(model) as outputs:
+        logits = model(batch.images)
+        loss = nn.functional.cross_entropy(logits, batch.labels)
+        loss = loss - sum(oracle.entropy(features, len(batch.images)) for features in outputs)
+        outputs.clear()
+    differences = (batch.images.diff(dim=3), batch.images.diff(dim=2))
+    loss = loss + 0.05 * sum(torch.linalg.vector_norm(difference) for difference in differences)
+    loss.backward()
+    batch.optimizer.step()
+
+
+def take_turns(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, timed by turns after two rounds to warm up; the transcription's a third as often."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for turn in range(-2, rounds):
+        for kind, step in steps.items():
+            if kind == "transcription" and turn % 3:
+                continue
+            start = time.perf_counter()
+            step()
+            wait(device)
+            if turn >= 0:
+                seconds[kind].append(time.perf_counter() - start)
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
+
+
+def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Images a second of the float and the quantized model (W8/A8), in float32."""
+    torch.manual_seed(0)
+    models = {"float": build_model(name, pretrained=False).to(device)}
+    images = torch.randn(options.eval_batch, 3, *models["float"].patch_embed.img_size, device=device)
+    models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
+    runs = {kind: torch.compile(model) if options.compile else model for kind, model in models.items()}
+    with torch.inference_mode(), float32_products():
+        passes = {kind: lambda run=run: run(images) for kind, run in runs.items()}
+        seconds = take_turns(passes, options.rounds, device)
+    return {kind: options.eval_batch / value for kind, value in seconds.items()}
+
+
+def peak_in_process(kind: str, name: str, options: argparse.Namespace) -> float:
+    """Peak memory of a kind of step in MB, measured in a fresh process."""
+    command = [sys.executable, __file__, "--peak", kind, "--model", name, "--batch", str(options.batch)]
+    command += ["--precision", options.precision, *(["--device", options.device] if options.device else [])]
+    command += ["--compile"] if options.compile else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def peak_memory(options: argparse.Namespace, device: torch.device) -> float:
+    """What three steps add to the memory of this process, at most, in MB."""
+
+    with ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
+        step = step_of(options.peak, options.model[0], options, device, contexts)
+        before = 0.0
+        if device.type == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts anew from VmRSS
+            before = resident("VmRSS")
+        for _ in range(3):
+            step()
+        return resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e6
+
+
+def resident(name: str) -> float:
+    """A line of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
+
+
+def wait(device: torch.device) -> None:
+    """For the device to have done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
