@@ -63,7 +63,7 @@ class QuantVisionTransformer(VisionTransformer):
         return [token for token in (self.cls_token, self.reg_token) if token is not None]
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        prefix = [token.expand(len(x), -1, -1) for token in self._prefix()]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix()]
         position = self.act_position(self.pos_embed)  # a parameter, quantized as an activation
         if self.no_embed_class:  # DeiT-III and others: the prefix has no position
             return self.act_tokens(torch.cat([*prefix, self.act_embedding(x + position)], dim=1))
