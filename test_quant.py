@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from generate_data import GenerationSettings, draw_labels, generate_data
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
+from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
 from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
 from quant.quantizers import FLOAT_BITS
 from utils.cache import CachedImages
@@ -51,6 +52,8 @@ HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 
 def run(options: argparse.Namespace) -> dict:
     """Quantize a model, evaluate it, and leave a folder with the results; returns what results.json holds."""
+    if options.load:
+        return run_saved(options)
     device, dataset = check_options(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "build"):
@@ -69,13 +72,11 @@ def run(options: argparse.Namespace) -> dict:
     with timed(seconds, "calibrate"):
         calibrate(quantized, tensors["images"])
         write_json(folder / "ranges.json", activation_ranges(quantized))
+    write_models(quantized, options.model, options, model)
     with timed(seconds, "evaluate"):
         torch.backends.cudnn.allow_tf32 = False  # the headline numbers are float32's
         if "val" in images:
-            workers = min(options.num_workers, available_cores())
-            val = CachedImages(images["val"], options.cache, workers) if options.cache else images["val"]
-            loader = DataLoader(val, options.val_batchsize, num_workers=workers, pin_memory=device.type == "cuda")
-            measured = evaluate({"float": model, "quantized": quantized}, loader, options.print_freq)
+            measured = measure({"float": model, "quantized": quantized}, images["val"], options)
         else:
             measured = compare(model, quantized, tensors["held_out"])
 
@@ -90,10 +91,93 @@ def run(options: argparse.Namespace) -> dict:
         if "train" in images:
             kinds["real"] = draw_images(images["train"], len(tensors["images"]), options.seed)
         plot_run(folder, model, quantized, kinds, tensors["images"], losses)
+    check_readable(results, options)
+    return results
+
+
+def run_saved(options: argparse.Namespace) -> dict:
+    """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
+    for option in ("save", "checkpoint", "images", "skip_layers", "plots"):
+        if getattr(options, option):
+            raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
+    device, seconds = pick_device(options.device), {}
+    check_files(options)
+    with timed(seconds, "build"):
+        model, header = load_quantized(options.load)
+    dataset = options.dataset
+    if not dataset and header["model"] in DEMO_MODELS:
+        dataset = write_demo_data(ROOT / "data" / "demo")
+    if dataset:
+        check_dataset(dataset, ["val"])
+    elif not options.export_onnx:
+        raise InputError("--load evaluates a model: expected --dataset; got none")
+    write_models(model, header["model"], options)
+    if not dataset:
+        return header
+    images = open_images(dataset, model, options)["val"]
+    with timed(seconds, "evaluate"):
+        torch.backends.cudnn.allow_tf32 = False
+        measured = measure({"quantized": model.to(device)}, images, options)
+    results = {
+        "model": header["model"],
+        "tag": header["tag"],
+        "n": measured["n"],
+        "top1": measured["quantized_top1"],
+        "top5": measured["quantized_top5"],
+        "unreadable": measured["unreadable"],
+    } | provenance(options, device, seconds)
+    folder = options.output_dir or new_run_folder(ROOT / "runs", options.load.stem)
+    write_json(folder / "results.json", results)
+    print(
+        f"{header['tag']}, {options.load}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %",
+        f"{results['n']} images in {seconds['evaluate']:.1f} s",
+        f"results: {folder}",
+        sep="\n",
+    )
+    check_readable(results, options)
+    return results
+
+
+def write_models(
+    quantized: nn.Module, name: str, options: argparse.Namespace, float_model: nn.Module | None = None
+) -> None:
+    """Write the files of --save and --export-onnx; beside FILE.onnx, FILE.float.onnx of the float model."""
+    if options.save:
+        save_quantized(options.save, quantized, name)
+    if options.export_onnx:
+        export_onnx(options.export_onnx, quantized, name, options.onnx_int4)
+        if float_model:
+            export_onnx(options.export_onnx.with_suffix(".float.onnx"), float_model, name)
+    for file in (options.save, options.export_onnx):
+        if file:
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:
+    """Accuracy of the models on the images of a split."""
+    workers = min(options.num_workers, available_cores())
+    val = CachedImages(images, options.cache, workers) if options.cache else images
+    loader = DataLoader(val, options.val_batchsize, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return evaluate(models, loader, options.print_freq)
+
+
+def check_readable(results: dict, options: argparse.Namespace) -> None:
+    """Fail at the end of a run that met unreadable images, unless they may be left out."""
     if results["unreadable"] and not options.skip_bad:
         count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
         raise InputError(f"{count} images are not readable ({some}); leave them out with --skip-bad")
-    return results
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse folders that cannot be written to, and --export-onnx without its packages."""
+    if options.export_onnx:
+        require_onnx()
+    elif options.onnx_int4:
+        raise InputError("--onnx-int4: goes with --export-onnx; got none")
+    files = [file.parent for file in (options.save, options.export_onnx) if file]
+    for folder in (options.output_dir or ROOT / "runs", options.cache, *files):
+        if folder:
+            check_writable(folder)
 
 
 def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | None]:
@@ -107,9 +191,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     for option, file in (("--images", options.images), ("--checkpoint", options.checkpoint)):
         if file and not file.is_file():
             raise InputError(f"{option} {file}: no such file")
-    for folder in (options.output_dir or ROOT / "runs", options.cache):
-        if folder:
-            check_writable(folder)
+    check_files(options)
     dataset = options.dataset
     if not dataset and options.model in DEMO_MODELS:
         dataset = write_demo_data(ROOT / "data" / "demo")
@@ -197,6 +279,12 @@ def collect(
         "skipped": skipped if options.skip_layers else [],
         "unreadable": measured.get("unreadable", []),
         "calibration_images": calibration_images,
+    } | provenance(options, device, seconds)
+
+
+def provenance(options: argparse.Namespace, device: torch.device, seconds: dict[str, float]) -> dict:
+    """What every results.json says of its run: times, machine, versions, options."""
+    return {
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "device": utils.environment.device_name(device),
         "versions": utils.environment.versions(),
@@ -263,6 +351,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN",
         help="quantizers left in float, as 'blocks.0.*' (none)",
     )
+    add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
+    add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
+    add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
+    add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
     add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
     add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")

@@ -1,4 +1,4 @@
-"""Quantized models as files: integers in safetensors, with all in the header that it takes to build them again."""
+"""Quantized models as files: integers in safetensors, to be loaded again; ONNX, to be deployed."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from models.zoo import build_architecture, data_config, model_tag
 from quant import quantize_model, quantizer_bits
 from quant.convert import assign_bits
 from quant.integers import integer_state, load_integer_state
+from quant.onnx import to_onnx
 from utils.errors import InputError
 from utils.files import replacing
 
@@ -41,6 +42,27 @@ def save_quantized(path: Path, model: nn.Module, name: str) -> None:
     header["sha256"] = _digest(header, state)
     with replacing(path) as draft:
         save_file(state, draft, {_KEY: json.dumps(header)})
+
+
+def export_onnx(path: Path, model: nn.Module, name: str, int4: bool = False) -> None:
+    """Write a calibrated or a float model, built by the name `name`, to an .onnx file; see quant.onnx.to_onnx.
+
+    What `describe` says of it is among the file's metadata.
+    """
+    graph = to_onnx(model, int4)
+    graph.metadata_props.add(key=_KEY, value=json.dumps(describe(model, name)))
+    with replacing(path) as draft:
+        draft.write_bytes(graph.SerializeToString())
+
+
+def require_onnx() -> None:
+    """Raise an InputError if a package for ONNX is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install -r requirements-export.txt") from error
 
 
 def load_quantized(path: Path) -> tuple[nn.Module, dict]:

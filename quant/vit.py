@@ -20,12 +20,16 @@ class QuantAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, h, N, d) each
+        q, k, v = self.split_heads(x)
         scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
         context = scores.softmax(dim=-1) @ v  # (B, h, N, d)
         context = self.act_context(context.transpose(1, 2).reshape(B, N, -1))  # (B, N, D)
         return self.proj(context)
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, (B, h, N, d) each."""
+        B, N, _ = x.shape
+        return self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class QuantMlp(Mlp):
