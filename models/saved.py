@@ -55,6 +55,22 @@ def export_onnx(path: Path, model: nn.Module, name: str, int4: bool = False) -> 
         draft.write_bytes(graph.SerializeToString())
 
 
+def read_onnx_header(path: Path) -> dict:
+    """What `describe` said of the model in a file that `export_onnx` wrote."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    except DecodeError as error:
+        raise InputError(f"{path}: expected a file that --export-onnx wrote; got no ONNX file ({error})") from error
+    if _KEY not in properties:
+        raise InputError(f"{path}: expected a file that --export-onnx wrote; got an ONNX file of something else")
+    return json.loads(properties[_KEY])
+
+
 def require_onnx() -> None:
     """Raise an InputError if a package for ONNX is not installed."""
     try:
