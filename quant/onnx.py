@@ -230,8 +230,9 @@ def prepare(model: nn.Module) -> nn.Module:
         owner, _, place = name.rpartition(".")
         codes = activation_codes(act, parameter.detach())
         setattr(model.get_submodule(owner), place, nn.Parameter(codes, requires_grad=False))
-    for module in list(model.modules()):  # an attention comes before its quantizers, whose factor it sets
-        if type(module) in SWAPS:
-            module.__class__ = SWAPS[type(module)]
-            module.prepare()
+    swapped = [module for module in model.modules() if type(module) in SWAPS]
+    for module in swapped:
+        module.__class__ = SWAPS[type(module)]
+    for module in swapped:  # an attention comes before its quantizers, whose factor it sets
+        module.prepare()
     return model
