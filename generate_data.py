@@ -11,7 +11,6 @@ import utils.environment  # isort: skip  # noqa: F401 - first: a broken installa
 import argparse
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -354,8 +353,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_options(options: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Refuse what cannot work before any work is done; returns the device and the folder for unfinished batches."""
+def check_options(options: argparse.Namespace) -> torch.device:
+    """Refuse what cannot work before any work is done; returns the device."""
     model_tag(options.model)
     if options.output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name that ends in .safetensors; got {options.output}")
@@ -363,7 +362,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path]:
         require_matplotlib()
     device = pick_device(options.device)
     check_writable(options.output.parent)
-    return device, options.output.with_suffix(".unfinished")
+    return device
 
 
 def run(options: argparse.Namespace) -> None:
@@ -371,21 +370,20 @@ def run(options: argparse.Namespace) -> None:
     if options.deterministic:
         make_deterministic()
     with first_process_first():
-        device, state = check_options(options)
-        if is_first():
-            unfinished(state, options.resume)
-        model = build_model(options.model, options.checkpoint).to(device)
+        device = check_options(options)
     losses: list[list[float]] = []
-    settings = generation_settings(options, device)
-    images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
-    if not is_first():
-        return
-    labels = draw_labels(options.num_images, model.num_classes, options.seed)
-    picture = save_images(options.output, *normalization(model), images=images, labels=labels)
-    shutil.rmtree(state)
-    if options.plots:
-        plot_losses(options.output.with_suffix(".losses.png"), model, images, options.seed, losses)
-    print(f"{len(images)} images: {options.output}, and to look at: {picture}")
+    with unfinished(options.output.with_suffix(".unfinished"), options.resume) as state:
+        with first_process_first():
+            model = build_model(options.model, options.checkpoint).to(device)
+        settings = generation_settings(options, device)
+        images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
+        if not is_first():
+            return
+        labels = draw_labels(options.num_images, model.num_classes, options.seed)
+        picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+        if options.plots:
+            plot_losses(options.output.with_suffix(".losses.png"), model, images, options.seed, losses)
+        print(f"{len(images)} images: {options.output}, and to look at: {picture}")
 
 
 def main() -> None:

@@ -2,30 +2,28 @@
 
     python test_quant.py --model deit_base --dataset /path/to/imagenet --w_bit 4 --a_bit 8 --mode 0
 
-`run` reads as the method: build, calibration images, quantize, calibrate, evaluate. (This is a script, not a test.)
+`quantize_and_evaluate` reads as the method: build, calibration images, quantize, calibrate, evaluate. (This is a
+script, not a test.)
 """
 
-import utils.environment  # isort: skip  # first: a broken installation is told in one line
+import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import argparse
 import copy
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from datetime import datetime, timezone
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from generate_data import GenerationSettings, draw_labels, generate_data
+from generate_data import draw_labels, generate_data, generation_settings
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
-from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
-from quant.quantizers import FLOAT_BITS
+from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
+from quant import activation_ranges, calibrate, quantize_model
 from utils.cache import CachedImages, check_cache
-from utils.data import Images, check_dataset, draw_images, image_loader
+from utils.data import Images, Shard, check_dataset, draw_images, image_loader
+from utils.distributed import first_process_first, is_first, process_group
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare, evaluate
 from utils.files import check_writable, locked, new_run_folder, write_json
@@ -42,25 +40,34 @@ from utils.options import (
     positive,
 )
 from utils.plots import plot_run, require_matplotlib
-from utils.seeds import stream
+from utils.precision import float32_products
+from utils.report import HELD_OUT, MODES, collect, headline, provenance, report, timed
+from utils.seeds import make_deterministic, stream
+from utils.state import unfinished
 
 ROOT = Path(__file__).resolve().parent
-MODES = {0: "generated", 1: "noise", 2: "real"}
-HELD_OUT = 32  # generated images to compare the two models on where there is no data set
 HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Quantize a model, evaluate it, and leave a folder with the results; returns what results.json holds."""
-    device, dataset = check_options(options)
-    with locked(options.output_dir) if options.output_dir else nullcontext():  # in runs/ each run has a new folder
-        return quantize_and_evaluate(options, device, dataset)
+    """Do what the command line asks for, and leave a folder with the results; returns what results.json holds."""
+    if options.deterministic:
+        make_deterministic()
+    with first_process_first():
+        device, dataset = check_options(options)
+    alone = options.output_dir and is_first()  # in runs/ each run has a new folder
+    with locked(options.output_dir) if alone else nullcontext():
+        if options.load:
+            return evaluate_saved(options, device, dataset)
+        folder = options.output_dir or ROOT / "runs" / run_name(options)
+        with unfinished(folder.parent / f"{folder.name}.unfinished", options.resume) as state:
+            return quantize_and_evaluate(options, device, dataset, state)
 
 
-def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dataset: Path | None) -> dict:
-    """The run itself, with options that are checked."""
+def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dataset: Path | None, state: Path) -> dict:
+    """The method, with options that are checked; `state` keeps what is generated until the run has ended."""
     seconds: dict[str, float] = {}
-    with timed(seconds, "build"):
+    with timed(seconds, "build"), first_process_first():
         model = build_model(options.model, options.checkpoint).to(device)
         images = open_images(dataset, model, options)
         pixels = options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size)
@@ -71,47 +78,87 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
 
     losses: list[list[float]] = []
     with timed(seconds, "images"):
-        tensors = calibration_images(model, images, options, losses)
-        folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))  # only now is there something
+        tensors = calibration_images(model, images, options, losses, state)
+    with timed(seconds, "calibrate"), float32_products():
+        calibrate(quantized, tensors["images"])
+    folder = None
+    if is_first():  # only now is there something
+        folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))
         if options.mode != 2:
             save_images(folder / "images.safetensors", *normalization(model), **tensors)
-    with timed(seconds, "calibrate"):
-        calibrate(quantized, tensors["images"])
         write_json(folder / "ranges.json", activation_ranges(quantized))
-    with timed(seconds, "evaluate"):
-        torch.backends.cudnn.allow_tf32 = False  # the headline numbers are float32's
+        write_models(quantized, options.model, options, model)
+    with timed(seconds, "evaluate"), float32_products():
         if "val" in images:
-            workers = min(options.num_workers, available_cores())
-            val = CachedImages(images["val"], options.cache, workers) if options.cache else images["val"]
-            loader = image_loader(val, options.val_batchsize, workers, pin_memory=device.type == "cuda")
-            measured = evaluate({"float": model, "quantized": quantized}, loader, options.print_freq)
+            measured = measure({"float": model, "quantized": quantized}, images["val"], options)
         else:
             measured = compare(model, quantized, tensors["held_out"])
 
     results = collect(options, device, seconds, quantized, measured, len(tensors["images"]))
-    write_json(folder / "results.json", results)
-    print(report(results), f"results: {folder}", sep="\n")
-    if options.plots:
-        kinds = {
-            "noise": draw_noise(model, len(tensors["images"]), options.seed),
-            MODES[options.mode]: tensors["images"],
-        }
-        if "train" in images:
-            kinds["real"] = draw_images(images["train"], len(tensors["images"]), options.seed)
-        plot_run(folder, model, quantized, kinds, tensors["images"], losses)
-    if results["unreadable"] and not (options.skip_bad and results["n"]):
-        count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
-        where = f", ..., all in {folder / 'results.json'}" if count > 5 else ""
-        raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")
+    if is_first():
+        write_json(folder / "results.json", results)
+        print(report(results), f"results: {folder}", sep="\n")
+        if options.plots:
+            kinds = images_by_kind(model, images, tensors, options)
+            plot_run(folder, model, quantized, kinds, tensors["images"], losses)
+    check_readable(results, options, folder)
+    return results
+
+
+def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: Path | None) -> dict:
+    """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "build"):
+        model, header = load_quantized(options.load)
+    if not dataset and header["model"] in DEMO_MODELS:
+        with first_process_first():
+            dataset = write_demo_data(ROOT / "data" / "demo")
+    if not dataset and not options.export_onnx:
+        raise InputError("--load evaluates a model: expected --dataset; got none")
+    if is_first():
+        write_models(model, header["model"], options)
+    if not dataset:
+        return header
+    images = open_images(dataset, model, options)["val"]
+    with timed(seconds, "evaluate"), float32_products():
+        measured = measure({"quantized": model.to(device)}, images, options)
+    results = {
+        "model": header["model"],
+        "tag": header["tag"],
+        "n": measured["n"],
+        "top1": measured["quantized_top1"],
+        "top5": measured["quantized_top5"],
+        "unreadable": measured["unreadable"],
+    } | provenance(options, device, seconds)
+    folder = None
+    if is_first():
+        folder = options.output_dir or new_run_folder(ROOT / "runs", options.load.stem)
+        write_json(folder / "results.json", results)
+        print(
+            f"{header['tag']}, {options.load}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %",
+            f"{results['n']} images in {seconds['evaluate']:.1f} s",
+            f"results: {folder}",
+            sep="\n",
+        )
+    check_readable(results, options, folder)
     return results
 
 
 def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | None]:
     """Refuse what cannot work before any work is done; returns the device and the data set's root."""
-    model_tag(options.model)
+    if options.load:
+        for option in ("save", "checkpoint", "images", "skip_layers", "plots", "resume"):
+            if getattr(options, option):
+                raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
+    else:
+        model_tag(options.model)
     device = pick_device(options.device)
     if options.plots:
         require_matplotlib()
+    if options.export_onnx:
+        require_onnx()
+    elif options.onnx_int4:
+        raise InputError("--onnx-int4: goes with --export-onnx; got none")
     if options.images and options.mode != 0:
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
     if options.class_map and not options.dataset:
@@ -120,15 +167,16 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     for option, file in files.items():
         if file and not file.is_file():
             raise InputError(f"{option} {file}: no such file")
-    for folder in (options.output_dir or ROOT / "runs", options.cache):
+    outputs = [file.parent for file in (options.save, options.export_onnx) if file]
+    for folder in (options.output_dir or ROOT / "runs", options.cache, *outputs):
         if folder:
             check_writable(folder)
     dataset = options.dataset
-    if not dataset and options.model in DEMO_MODELS:
+    if not dataset and not options.load and options.model in DEMO_MODELS:
         dataset = write_demo_data(ROOT / "data" / "demo")
     if dataset:
-        check_dataset(dataset, ["val", "train"] if options.mode == 2 else ["val"])
-    elif options.mode == 2:
+        check_dataset(dataset, ["val", "train"] if options.mode == 2 and not options.load else ["val"])
+    elif options.mode == 2 and not options.load:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
     return device, dataset
 
@@ -145,7 +193,7 @@ def open_images(dataset: Path | None, model: nn.Module, options: argparse.Namesp
         images["val"].check_classes(model.num_classes)
     if options.cache:
         check_cache(images["val"], options.cache)
-    if options.mode == 2 or (options.plots and (dataset / "train").is_dir()):
+    if not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir())):
         images["train"] = Images(dataset, "train", transform)
     return images
 
@@ -159,19 +207,23 @@ def swap_layers(model: nn.Module, options: argparse.Namespace) -> nn.Module:
 
 
 def calibration_images(
-    model: nn.Module, images: dict[str, Images], options: argparse.Namespace, losses: list[list[float]]
+    model: nn.Module,
+    images: dict[str, Images],
+    options: argparse.Namespace,
+    losses: list[list[float]],
+    state: Path,
 ) -> dict[str, Tensor]:
     """The images of the run's mode, (calib_batchsize, 3, H, W), with the labels that they were generated for.
 
     Where there is no data set, `held_out` are generated images of another seed, to compare the two models on.
     """
     count, seed = options.calib_batchsize, options.seed
-    settings = replace(GenerationSettings(), steps=options.steps)
+    settings = generation_settings(options, next(model.parameters()).device)
     if options.images:
         tensors = load_images(options.images, model.patch_embed.img_size)
         tensors |= {name: tensors[name][:count] for name in ("images", "labels") if name in tensors}
     elif options.mode == 0:
-        tensors = {"images": generate_data(model, count, seed, settings, losses=losses)}
+        tensors = {"images": generate_data(model, count, seed, settings, losses=losses, state=state)}
         tensors["labels"] = draw_labels(count, model.num_classes, seed)
     elif options.mode == 1:
         tensors = {"images": draw_noise(model, count, seed)}
@@ -179,7 +231,7 @@ def calibration_images(
         tensors = {"images": draw_images(images["train"], count, seed)}
     if "val" not in images and "held_out" not in tensors:
         print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
-        tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings)
+        tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings, state=state / "held-out")
     return tensors
 
 
@@ -188,79 +240,52 @@ def draw_noise(model: nn.Module, count: int, seed: int) -> Tensor:
     return torch.randn(count, 3, *model.patch_embed.img_size, generator=stream(seed, "noise"))
 
 
-def collect(
-    options: argparse.Namespace,
-    device: torch.device,
-    seconds: dict[str, float],
-    quantized: nn.Module,
-    measured: dict,
-    calibration_images: int,
-) -> dict:
-    """What results.json holds; accuracies are None where they were not measured."""
-    skipped = [name for name, bits in quantizer_bits(quantized).items() if bits == FLOAT_BITS]
-    return {
-        "model": options.model,
-        "tag": model_tag(options.model),
-        "w_bit": options.w_bit,
-        "a_bit": options.a_bit,
-        "mode": options.mode,
-        "seed": options.seed,
-        "n": measured.get("n", 0),
-        "top1": measured.get("quantized_top1"),
-        "top5": measured.get("quantized_top5"),
-        "float_top1": measured.get("float_top1"),
-        "float_top5": measured.get("float_top5"),
-        "agreement": measured.get("agreement"),
-        "logit_error": measured.get("logit_error"),
-        "skipped": skipped if options.skip_layers else [],
-        "unreadable": measured.get("unreadable", []),
-        "calibration_images": calibration_images,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "device": utils.environment.device_name(device),
-        "versions": utils.environment.versions(),
-        "commit": utils.environment.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-    }
+def images_by_kind(
+    model: nn.Module, images: dict[str, Images], tensors: dict[str, Tensor], options: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Images of every kind that there are, to draw the ranges of: noise, the run's own, and real ones."""
+    count = len(tensors["images"])
+    kinds = {"noise": draw_noise(model, count, options.seed), MODES[options.mode]: tensors["images"]}
+    if "train" in images:
+        kinds["real"] = draw_images(images["train"], count, options.seed)
+    return kinds
 
 
-def headline(options: argparse.Namespace, device: torch.device) -> str:
-    """What is about to be done."""
-    where = utils.environment.device_name(device)
-    return f"{model_tag(options.model)}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]} images, {where}"
+def write_models(
+    quantized: nn.Module, name: str, options: argparse.Namespace, float_model: nn.Module | None = None
+) -> None:
+    """Write the files of --save and --export-onnx; beside FILE.onnx, FILE.float.onnx of the float model."""
+    if options.save:
+        save_quantized(options.save, quantized, name)
+    if options.export_onnx:
+        export_onnx(options.export_onnx, quantized, name, options.onnx_int4)
+        if float_model:
+            export_onnx(options.export_onnx.with_suffix(".float.onnx"), float_model, name)
+    for file in (options.save, options.export_onnx):
+        if file:
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:
+    """Accuracy of the models on the images of a split, which the processes of a torchrun share."""
+    workers = min(options.num_workers, available_cores())
+    with first_process_first():
+        val = CachedImages(images, options.cache, workers) if options.cache else images
+    loader = image_loader(Shard(val), options.val_batchsize, workers, pin_memory=torch.cuda.is_available())
+    return evaluate(models, loader, options.print_freq)
+
+
+def check_readable(results: dict, options: argparse.Namespace, folder: Path | None) -> None:
+    """Fail at the end of a run that met unreadable images, unless they may be left out."""
+    if results["unreadable"] and not (options.skip_bad and results["n"]):
+        count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
+        where = f", ..., all in {folder / 'results.json'}" if count > 5 and folder else ""
+        raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")
 
 
 def run_name(options: argparse.Namespace) -> str:
     """Name of the folder of a run without --output-dir."""
     return f"{options.model}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
-
-
-def report(results: dict) -> str:
-    """The results as a person reads them."""
-    seconds = results["seconds"]
-    times = f"images {seconds['images']:.1f} s, calibration {seconds['calibrate']:.1f} s"
-    if results["top1"] is None:
-        return (
-            f"accuracy was not measured: no --dataset\n"
-            f"on {HELD_OUT} held-out generated images: same top-1 as the float model on {results['agreement']:.1f} %, "
-            f"logit error {results['logit_error']:.3f}\n{times}"
-        )
-    rows = [("", "top-1 %", "top-5 %")]
-    for name, prefix in (("float", "float_"), (f"W{results['w_bit']}/A{results['a_bit']}", "")):
-        rows.append((name, f"{results[prefix + 'top1']:.2f}", f"{results[prefix + 'top5']:.2f}"))
-    skipped = f"\n{len(results['skipped'])} quantizers left in float" if results["skipped"] else ""
-    if results["unreadable"]:
-        skipped += f"\n{len(results['unreadable'])} unreadable images skipped"
-    table = "\n".join(f"{name:<8}{top1:>9}{top5:>9}" for name, top1, top5 in rows)
-    return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long the block takes, as seconds[stage]."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -284,6 +309,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN",
         help="quantizers left in float, as 'blocks.0.*' (none)",
     )
+    add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
+    add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
+    add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
+    add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
     add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
     add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
@@ -292,5 +321,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def main() -> None:
+    options = parse()
+    with process_group():
+        run(options)
+
+
 if __name__ == "__main__":
-    exit_cleanly(lambda: run(parse()))
+    exit_cleanly(main)

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -63,15 +64,25 @@ def build_model(name: str, checkpoint: str | Path | None = None, pretrained: boo
     options = {}
     if state is not None and (num_classes := _num_classes(state)):
         options["num_classes"] = num_classes
-    if name in DEMO_MODELS:
-        model = DEMO_MODELS[name](**options)
-        model.pretrained_cfg = {"crop_pct": 1.0}  # images of exactly the model's size, as in its training
-    elif pretrained and state is None:
-        model = _download(tag, overlay)
-    else:
-        model = timm.create_model(tag, pretrained_cfg_overlay=overlay, **options)
+    model = _download(tag, overlay) if pretrained and state is None else build_architecture(tag, overlay, **options)
     if state is not None:
         _load_state(model, state, checkpoint)
+    return model.eval()
+
+
+def build_architecture(tag: str, config: dict, **options: Any) -> nn.Module:
+    """A model with random weights, in evaluation mode.
+
+    Args:
+        tag: as `model_tag` returns it.
+        config: what differs from timm's data configuration of the model, as in `data_config`.
+        options: num_classes, img_size.
+    """
+    if tag in DEMO_MODELS:
+        model = DEMO_MODELS[tag](**options)
+        model.pretrained_cfg = {"crop_pct": 1.0, **config}  # images of exactly the model's size, as in its training
+    else:
+        model = timm.create_model(tag, pretrained_cfg_overlay=config, **options)
     return model.eval()
 
 

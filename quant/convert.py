@@ -1,6 +1,6 @@
 """Swap, calibrate, freeze: a float timm model becomes a quantized one, in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -113,9 +113,7 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
-        for name in matching:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            setattr(module, "w_bit" if name.endswith(".weight") else "bits", FLOAT_BITS)
+        assign_bits(model, dict.fromkeys(matching, FLOAT_BITS))
     return model
 
 
@@ -128,6 +126,13 @@ def quantizer_bits(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, modules.QuantizedWeight):
             bits[f"{name}.weight"] = module.w_bit
     return bits
+
+
+def assign_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Give quantizers of a swapped model, named as in `quantizer_bits`, other bits."""
+    for name, value in bits.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        setattr(module, "w_bit" if name.endswith(".weight") else "bits", value)
 
 
 @torch.no_grad()

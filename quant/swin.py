@@ -6,6 +6,8 @@ Shapes: B images, W windows an image, N tokens a window, h heads, d head width; 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor
 
+from quant.vit import QuantAttention
+
 
 class QuantWindowAttention(WindowAttention):
     """Modifications: scores, bias table, their sum and the context quantized; the shift mask is added in float."""
@@ -15,14 +17,15 @@ class QuantWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         BW, N, _ = x.shape
-        qkv = self.qkv(x).reshape(BW, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B*W, h, N, d) each
+        q, k, v = self.split_heads(x)  # (B*W, h, N, d) each
         scores = self.act_scores((q * self.scale) @ k.transpose(-2, -1))  # (B*W, h, N, N)
         scores = self.act_biased_scores(scores + self._get_rel_pos_bias())
         if mask is not None:  # (W, N, N)
             scores = (scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]).view(scores.shape)
         context = scores.softmax(dim=-1) @ v  # (B*W, h, N, d)
         return self.proj(self.act_context(context.transpose(1, 2).reshape(BW, N, -1)))
+
+    split_heads = QuantAttention.split_heads
 
     def _get_rel_pos_bias(self) -> Tensor:
         table = self.act_bias(self.relative_position_bias_table)  # a parameter, quantized as an activation

@@ -20,12 +20,16 @@ class QuantAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, h, N, d) each
+        q, k, v = self.split_heads(x)
         scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
         context = scores.softmax(dim=-1) @ v  # (B, h, N, d)
         context = self.act_context(context.transpose(1, 2).reshape(B, N, -1))  # (B, N, D)
         return self.proj(context)
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, (B, h, N, d) each."""
+        B, N, _ = x.shape
+        return self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class QuantMlp(Mlp):
@@ -63,7 +67,7 @@ class QuantVisionTransformer(VisionTransformer):
         return [token for token in (self.cls_token, self.reg_token) if token is not None]
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        prefix = [token.expand(len(x), -1, -1) for token in self._prefix()]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix()]
         position = self.act_position(self.pos_embed)  # a parameter, quantized as an activation
         if self.no_embed_class:  # DeiT-III and others: the prefix has no position
             return self.act_tokens(torch.cat([*prefix, self.act_embedding(x + position)], dim=1))

@@ -350,3 +350,32 @@ def test_cached_images_give_the_same_accuracy(tmp_path, image_root):
             first[key] for key in ("n", "top1", "float_top1")
         ]
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_saved_model_is_evaluated_without_its_weights(tmp_path, image_root, capsys, monkeypatch):
+    arguments = ["--dataset", image_root, "--mode", 1, "--w_bit", 4, "--output-dir"]
+    first = quick(*arguments, tmp_path / "a", "--save", tmp_path / "model.safetensors")
+    monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the float model"))
+    second = quick(*arguments, tmp_path / "b", "--load", tmp_path / "model.safetensors", model="deit_tiny")
+    assert {key: second[key] for key in ("model", "n", "top1", "top5")} == {
+        key: first[key] for key in ("model", "n", "top1", "top5")
+    }
+    assert second == json.loads((tmp_path / "b" / "results.json").read_text())
+    assert f"top-1 {second['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "absent.safetensors"], "absent.safetensors: no such file"),
+        (["--load", "m.safetensors", "--save", "n.safetensors"], "got --save with it"),
+        (["--load", "m.safetensors", "--skip-layers", "*"], "got --skip-layers with it"),
+        (["--onnx-int4"], "--onnx-int4: goes with --export-onnx"),
+        (["--save", "test_quant.py/m.safetensors"], "expected a folder to write to"),
+    ],
+)
+def test_bad_use_of_saved_models_is_refused_before_any_work(monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
+    with pytest.raises(InputError, match=message):
+        quick(*arguments)

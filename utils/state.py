@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from utils.distributed import is_first
 from utils.errors import InputError
-from utils.files import check_writable, replacing
+from utils.files import check_writable, locked, replacing
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any]) -> None:
@@ -40,17 +43,30 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def unfinished(folder: Path, resume: bool) -> Path:
-    """The folder for a run's states: to go on from, where `resume` asks for it, else without what an older run left.
+@contextmanager
+def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
+    """A folder for the states of a run, its own while the block runs, and removed when the block ends well.
+
+    What an older run left there is gone on from where `resume` asks for it, and removed otherwise.
 
     Raises:
-        InputError: there is nothing to resume.
+        InputError: there is nothing to resume, or another run has the folder.
     """
+    if not is_first():
+        yield folder
+        return
     if resume and not any(folder.glob("**/*.safetensors")):
         raise InputError(f"--resume: expected the state of an interrupted run in {folder}; found none")
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    check_writable(folder)
+    with locked(folder):
+        for file in [] if resume else folder.glob("**/*.safetensors"):
+            file.unlink()
+        try:
+            yield folder
+            shutil.rmtree(folder)
+        finally:
+            with suppress(OSError):  # there is something in it, or it is gone
+                folder.rmdir()
 
 
 def digest(model: nn.Module) -> str:

@@ -1,0 +1,125 @@
+"""Quantized models as files: integers in safetensors, to be loaded again; ONNX, to be deployed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import utils.environment
+from models.zoo import build_architecture, data_config, model_tag
+from quant import quantize_model, quantizer_bits
+from quant.convert import assign_bits
+from quant.integers import integer_state, load_integer_state
+from quant.onnx import to_onnx
+from utils.errors import InputError
+from utils.files import replacing
+
+FORMAT_VERSION = 1
+_KEY = "psaq-vit"  # of the header among safetensors' metadata
+
+
+def describe(model: nn.Module, name: str) -> dict:
+    """What a deployed file says of its model: name, tag, classes, image size, preprocessing, bits and versions."""
+    return {
+        "model": name,
+        "tag": model_tag(name),
+        "num_classes": model.num_classes,
+        "img_size": list(model.patch_embed.img_size),
+        "transform": data_config(model),
+        "bits": quantizer_bits(model),
+        "versions": utils.environment.versions(),
+    }
+
+
+def save_quantized(path: Path, model: nn.Module, name: str) -> None:
+    """Write a calibrated model, built by the name `name`, to a .safetensors file."""
+    state = integer_state(model)
+    header = {"format_version": FORMAT_VERSION, **describe(model, name)}
+    header["sha256"] = _digest(header, state)
+    with replacing(path) as draft:
+        draft.write_bytes(save(state, {_KEY: json.dumps(header)}))
+
+
+def export_onnx(path: Path, model: nn.Module, name: str, int4: bool = False) -> None:
+    """Write a calibrated or a float model, built by the name `name`, to an .onnx file; see quant.onnx.to_onnx.
+
+    What `describe` says of it is among the file's metadata.
+    """
+    graph = to_onnx(model, int4)
+    graph.metadata_props.add(key=_KEY, value=json.dumps(describe(model, name)))
+    with replacing(path) as draft:
+        draft.write_bytes(graph.SerializeToString())
+
+
+def read_onnx_header(path: Path) -> dict:
+    """What `describe` said of the model in a file that `export_onnx` wrote."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    except DecodeError as error:
+        raise InputError(f"{path}: expected a file that --export-onnx wrote; got no ONNX file ({error})") from error
+    if _KEY not in properties:
+        raise InputError(f"{path}: expected a file that --export-onnx wrote; got an ONNX file of something else")
+    return json.loads(properties[_KEY])
+
+
+def require_onnx() -> None:
+    """Raise an InputError if a package for ONNX is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install -r requirements-export.txt") from error
+
+
+def load_quantized(path: Path) -> tuple[nn.Module, dict]:
+    """Build the model that `save_quantized` wrote, on the CPU; its logits are the same bit for bit.
+
+    Returns:
+        The calibrated model in evaluation mode, and the file's header.
+
+    Raises:
+        InputError: the file is damaged, truncated, of something else or of another format version.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a whole file that --save wrote; got a damaged one ({error})") from error
+    version = header.get("format_version")
+    if version is None:
+        raise InputError(f"{path}: expected a file that --save wrote; got a safetensors file of something else")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: expected format version {FORMAT_VERSION}; got {version}")
+    if header.pop("sha256", None) != _digest(header, state):
+        raise InputError(f"{path}: damaged, its content is not what was written (checksum)")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in header["transform"].items()}
+    options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
+    try:
+        model = quantize_model(build_architecture(model_tag(header["tag"]), config, **options))
+        assign_bits(model, header["bits"])
+        return load_integer_state(model, state), header
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:  # such as another timm's architecture
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: does not fit {header['tag']} of this timm ({reason})") from error
+
+
+def _digest(header: dict, state: dict[str, Tensor]) -> str:
+    """SHA-256 of the header, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.ndim else tensor.numpy())
+    return digest.hexdigest()

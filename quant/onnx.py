@@ -1,0 +1,242 @@
+"""A calibrated model as an ONNX graph: QuantizeLinear and DequantizeLinear where the simulation rounds.
+
+Weights are integers, and operators are ONNX's own. A runtime computes in integers what has DequantizeLinear before it,
+as all products but one: of softmax's output, which the method leaves in float, with the values.
+
+What differs from the simulation: QuantizeLinear rounds before it adds the zero point, which moves a value that lies
+half-way between two integers to the other one where the zero point is odd; and products are summed in another order.
+"""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quant.convert import check_calibrated
+from quant.integers import activation_codes, quantized_parameters, quantized_weights, weight_codes
+from quant.modules import QuantAct, QuantConv2d, QuantizedWeight, QuantLinear
+from quant.quantizers import unsigned_grid
+from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
+from quant.vit import QuantAttention
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
+
+OPSET = 21  # the first with 4-bit integers
+INPUT, OUTPUT = "images", "logits"
+
+
+@torch.library.custom_op("psaq::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """ONNX's QuantizeLinear: round(x / scale) + zero_point as uint8, saturated; scale and zero point are 0-d."""
+    return ((x / scale).round() + zero_point).clamp(0, 255).to(torch.uint8)
+
+
+@torch.library.custom_op("psaq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """ONNX's DequantizeLinear; scale and zero point are 0-d, or have one value for each slice of dimension `axis`."""
+    shape = [-1 if scale.ndim and dim == axis else 1 for dim in range(codes.ndim)]
+    return (codes.float() - zero_point.view(shape)) * scale.view(shape)
+
+
+quantize.register_fake(lambda x, scale, zero_point: torch.empty_like(x, dtype=torch.uint8))
+dequantize.register_fake(lambda codes, scale, zero_point, axis: torch.empty_like(codes, dtype=torch.float32))
+
+
+class OnnxAct(QuantAct):
+    """Modifications: the two operators, apart, so that what lies between them moves integers.
+
+    With less than 8 bits a clip keeps uint8 to the grid: QuantizeLinear saturates at 0, but not at 2^b - 1.
+    """
+
+    factor = 1.0  # what the input is yet to be multiplied by; it costs nothing in the scale
+    integer_output = False  # whether the reader moves the output before it dequantizes it
+
+    def prepare(self) -> None:
+        if self.scale is not None:
+            self.input_scale = self.scale / self.factor
+            self.ceiling = ((unsigned_grid(self.bits)[1] - self.zero_point) * self.input_scale).item()
+            self.zero_point = self.zero_point.to(torch.uint8)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return x * self.factor
+        return quantize(x if self.bits == 8 else x.clamp(max=self.ceiling), self.input_scale, self.zero_point)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self.scale, self.zero_point, 0) if codes.dtype == torch.uint8 else codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = x if x.dtype == torch.uint8 else self.quantize(x)  # a parameter holds integers already
+        return codes if self.integer_output else self.dequantize(codes)
+
+
+class OnnxWeight(QuantizedWeight):
+    """Mixin: the weight is a parameter of integers, dequantized along its output channels."""
+
+    axis = 0  # of the output channels
+
+    def prepare(self) -> None:
+        if self.weight_scale is not None:
+            self.weight = nn.Parameter(weight_codes(self), requires_grad=False)
+            self.weight_scale = self.weight_scale.flatten()
+            self.weight_zero_point = torch.zeros(len(self.weight_scale), dtype=torch.int8)
+
+    def float_weight(self) -> Tensor:
+        if self.weight_scale is None:
+            return self.weight
+        return dequantize(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
+
+
+class OnnxConv2d(OnnxWeight, QuantConv2d):
+    """Modifications: the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act_output(self._conv_forward(x, self.float_weight(), self.bias))
+
+
+class OnnxLinear(OnnxWeight, QuantLinear):
+    """Modifications: the weight is transposed, (in, out): ONNX Runtime takes it for an integer product only so."""
+
+    axis = 1
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.float_weight()
+        return self.act_output(y if self.bias is None else y + self.bias)
+
+
+class OnnxHeads:
+    """Mixin: heads are split in integers, and the scores' factor 1 / sqrt(d) is in the scale of their quantizer."""
+
+    def prepare(self) -> None:
+        self.act_scores.factor, self.scale = self.scale, 1.0
+        self.qkv.act_output.integer_output = True
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        B, N, _ = x.shape
+        codes = self.qkv(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
+        return tuple(map(self.qkv.act_output.dequantize, codes.chunk(3, dim=1)))  # (B, h, N, d) each
+
+
+class OnnxAttention(OnnxHeads, QuantAttention):
+    """Modifications: the heads."""
+
+
+class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
+    """Modifications: the heads; and the bias table holds integers, one for each pair of tokens: (h, N, N)."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        act, self.act_bias = self.act_bias, nn.Identity()
+        bias = QuantWindowAttention._get_rel_pos_bias(self)
+        self.relative_position_bias_table, self.act_bias = nn.Parameter(bias.contiguous(), requires_grad=False), act
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().split_heads(self.dequantize_input(x))
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        return self.act_bias(self.relative_position_bias_table)
+
+
+class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
+    """Modifications: windows are cut and joined in integers, unless they are padded: with zeros, not with codes."""
+
+    def prepare(self) -> None:
+        integers = not any(side % window for side, window in zip(self.input_resolution, self.window_size, strict=True))
+        self.norm1.act_output.integer_output = self.attn.proj.act_output.integer_output = integers
+        self.attn.dequantize_input = self.norm1.act_output.dequantize
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act_residual1(x + self.attn.proj.act_output.dequantize(self._attn(self.norm1(x))))
+        return self.act_residual2(x + self.mlp(self.norm2(x)))
+
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    QuantAct: OnnxAct,
+    QuantConv2d: OnnxConv2d,
+    QuantLinear: OnnxLinear,
+    QuantAttention: OnnxAttention,
+    QuantWindowAttention: OnnxWindowAttention,
+    QuantSwinTransformerBlock: OnnxSwinTransformerBlock,
+}
+
+
+def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
+    """The graph of a model, from `images` (batch, 3, H, W) to `logits` (batch, classes), with any batch size.
+
+    Args:
+        model: calibrated, or a float timm model; left as it is.
+        int4: store weights of 4 bits or less as INT4, not as INT8: half the size, but most runtimes then multiply in
+            float.
+
+    Raises:
+        RuntimeError: the model is swapped but not calibrated.
+    """
+    from onnxscript import opset21 as op
+
+    check_calibrated(model)
+    translations = {
+        torch.ops.psaq.quantize.default: lambda x, scale, zero: op.QuantizeLinear(x, scale, zero),
+        torch.ops.psaq.dequantize.default: lambda codes, scale, zero, axis: op.DequantizeLinear(
+            codes, scale, zero, axis=axis
+        ),
+    }
+    with torch.no_grad():
+        graph = torch.onnx.export(
+            prepare(model),
+            (torch.zeros(2, 3, *model.patch_embed.img_size),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table=translations,
+        ).model_proto
+    for node in graph.graph.node:  # where it came from in Python: a sixth of the file
+        node.ClearField("metadata_props")
+    del graph.graph.value_info[:]
+    skip_empty_pads(graph.graph)
+    if int4:
+        layers = [name for name, layer in quantized_weights(model) if layer.w_bit <= 4]
+        narrow_to_int4(graph.graph, {f"{name}.{part}" for name in layers for part in ("weight", "weight_zero_point")})
+    return graph
+
+
+def narrow_to_int4(graph: "GraphProto", names: set[str]) -> None:
+    """Store the int8 tensors of these names as INT4, two values to a byte."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    int4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
+    for tensor in graph.initializer:
+        if tensor.name in names:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(int4), tensor.name))
+
+
+def skip_empty_pads(graph: "GraphProto") -> None:
+    """Turn paddings by nothing, which timm's Swin has in every block, into Identity: they would end a run of moves."""
+    empty = {tensor.name for tensor in graph.initializer if not any(tensor.raw_data)}
+    for node in graph.node:
+        if node.op_type == "Pad" and node.input[1] in empty:
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """A copy of a calibrated model, on the CPU, that computes with the two operators; a plain copy of a float model."""
+    model = copy.deepcopy(model).cpu().eval()
+    for name, parameter, act in quantized_parameters(model):
+        owner, _, place = name.rpartition(".")
+        codes = activation_codes(act, parameter.detach())
+        setattr(model.get_submodule(owner), place, nn.Parameter(codes, requires_grad=False))
+    swapped = [module for module in model.modules() if type(module) in SWAPS]
+    for module in swapped:
+        module.__class__ = SWAPS[type(module)]
+    for module in swapped:  # an attention comes before its quantizers, whose factor it sets
+        module.prepare()
+    return model

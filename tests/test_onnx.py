@@ -1,0 +1,146 @@
+"""The ONNX graph of a calibrated model: valid, of integers, and the same function as the simulation."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.swin_transformer import SwinTransformer
+
+from quant import calibrate, quantize_model
+from quant.modules import named_activations
+from quant.quantizers import fake_quantize, unsigned_grid
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from quant.onnx import OnnxAct, dequantize, prepare, quantize, to_onnx  # noqa: E402
+
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(model, w_bit=8, a_bit=8, skip=()):
+    return calibrate(quantize_model(copy.deepcopy(model), w_bit, a_bit, skip), IMAGES)
+
+
+def run(graph, images, optimized=None):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def error(logits, expected):
+    return ((logits - expected).square().mean().sqrt() / expected.std()).item()
+
+
+@torch.no_grad()
+def check(model, w_bit, a_bit, skip=(), int4=False):
+    """The graph's logits for batches of 1 and 5 are nearer to the simulation than the simulation is to the float."""
+    simulated = quantized(model, w_bit, a_bit, skip)
+    graph = to_onnx(simulated, int4)
+    onnx.checker.check_model(graph, full_check=True)
+    assert {node.domain for node in graph.graph.node} == {""}
+    noise = error(simulated(IMAGES), model(IMAGES))
+    for batch_size in (1, 5):
+        logits = run(graph, IMAGES[:batch_size])
+        assert logits.shape == (batch_size, 10)
+        assert error(logits, simulated(IMAGES[:batch_size])) < max(noise, 0.01)
+    return graph
+
+
+@pytest.mark.parametrize(("w_bit", "a_bit"), [(8, 8), (4, 8), (8, 6), (4, 4)], ids=lambda bits: str(bits))
+def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit):
+    check(model, w_bit, a_bit)
+
+
+@torch.no_grad()
+def test_float_model_is_exported_as_it_is(model):
+    graph = to_onnx(model)
+    torch.testing.assert_close(run(graph, IMAGES[:3]), model(IMAGES[:3]), rtol=1e-4, atol=1e-4)
+
+
+def test_float_quantizers_leave_their_products_in_float(vit):
+    graph = check(vit, 8, 8, skip=["blocks.0.*", "act_position"])
+    types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    assert types["blocks.0.attn.qkv.weight"] == onnx.TensorProto.FLOAT
+    assert types.get("pos_embed") != onnx.TensorProto.UINT8
+    assert types["blocks.1.attn.qkv.weight"] == onnx.TensorProto.INT8
+
+
+def test_weights_and_quantized_parameters_are_integers(model):
+    for tensor in to_onnx(quantized(model)).graph.initializer:
+        if tensor.name.endswith((".weight", "pos_embed", "bias_table")) and len(tensor.dims) > 1:
+            assert tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8), tensor.name
+
+
+def test_products_run_in_integers(model, tmp_path):
+    blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
+    run(to_onnx(quantized(model)), IMAGES[:1], tmp_path / "optimized.onnx")
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("MatMulIntegerToFloat") == 4 * blocks  # qkv, proj, fc1, fc2
+    assert operators.count("QLinearMatMul") >= blocks  # the scores
+    assert operators.count("QLinearConv") == 1
+    assert operators.count("MatMul") == blocks  # softmax's output times the values
+
+
+def test_int4_weights_take_half_the_space(vit):
+    simulated = quantized(vit, 4, 8)
+    wide, narrow = to_onnx(simulated), check(vit, 4, 8, int4=True)
+    name = "blocks.0.mlp.fc1.weight"
+    sizes = [
+        next(len(tensor.raw_data) for tensor in graph.graph.initializer if tensor.name == name)
+        for graph in (wide, narrow)
+    ]
+    assert sizes == [48 * 192, 48 * 192 // 2]
+
+
+def test_windows_that_need_padding_still_compute_the_same():
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
+    check(SwinTransformer(img_size=32, patch_size=2, window_size=3, **options).eval(), 8, 8)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+def test_activations_saturate_at_the_grid(bits):
+    x = torch.linspace(-3, 4, 5000)
+    act = calibrated_act(bits, x / 2)
+    codes = act.quantize(x)
+    assert codes.min() == 0 and codes.max() == 2**bits - 1
+    expected = fake_quantize(x, act.scale, act.zero_point.float(), unsigned_grid(bits))
+    assert ((act.dequantize(codes) - expected).abs() <= 1.01 * act.scale).all()  # a tie may fall to the other side
+    assert (act.dequantize(codes) != expected).float().mean() < 0.01
+
+
+def calibrated_act(bits, x):
+    act = OnnxAct(bits)
+    act.observe(x)
+    act.freeze()
+    act.prepare()
+    return act
+
+
+def test_operators_round_as_onnx_defines_them():
+    """Half to even before the zero point is added, which is where the simulation differs: it gives 2, 2, 4, 4."""
+    x, scale, zero = torch.tensor([0.5, 1.5, 2.5, 3.5, 300.0, -9.0]), torch.tensor(1.0), torch.tensor(1).to(torch.uint8)
+    codes = quantize(x, scale, zero)
+    assert codes.tolist() == [1, 3, 3, 5, 255, 0]
+    assert dequantize(codes, scale, zero, 0).tolist() == [0, 2, 2, 4, 254, -1]
+
+
+def test_model_is_left_as_it_is(model):
+    simulated = quantized(model)
+    before = {name: value.clone() for name, value in simulated.state_dict().items()}
+    kinds, logits = [type(module) for module in simulated.modules()], simulated(IMAGES)
+    prepare(simulated)
+    assert kinds == [type(module) for module in simulated.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in simulated.state_dict().items())
+    assert torch.equal(simulated(IMAGES), logits)
+    assert all(act.zero_point.dtype == torch.float32 for _, act in named_activations(simulated))
+
+
+def test_an_uncalibrated_model_is_refused(vit):
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        to_onnx(quantize_model(vit))
