@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from models import build_model, evaluation_transform, normalization
 from utils.attention import attention_outputs
 from utils.data import Images
-from utils.entropy import GaussianDensity, patch_similarity, patch_similarity_entropy, patch_tokens
+from utils.entropy import gaussian_kernel, patch_similarity, patch_similarity_entropy, patch_tokens
 from utils.errors import exit_cleanly
 from utils.fractals import write_demo_data
 from utils.images import load_images
@@ -81,7 +81,8 @@ def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tens
 
     features = features_of(model, images, block)
     points = torch.linspace(-1, 1, 500)
-    density = GaussianDensity.apply(*patch_similarity(features, len(images)), points).mean(dim=0)
+    similarity = patch_similarity(patch_tokens(features), len(images))
+    density = gaussian_kernel(*similarity, points).sum(dim=2).mean(dim=0)
     row[2].fill_between(points, density, color=ACCENT, alpha=0.15, linewidth=0)
     row[2].plot(points, density, color=ACCENT, linewidth=1.6)
     entropy = patch_similarity_entropy(features, len(images)).item()

@@ -4,7 +4,7 @@ import torch
 
 from generate_data import patch_similarity_entropy, total_variation
 from utils.attention import attention_outputs
-from utils.entropy import PairProducts, patch_similarity, patch_tokens
+from utils.entropy import patch_similarity, patch_tokens
 
 
 def relative(actual, expected):
@@ -34,17 +34,17 @@ def test_entropy_and_gradient_equal_oracle(shape, windows):
 
 def test_similarities_are_cosines_of_all_pairs_but_token_zero():
     features = torch.randn(2, 3, 5, 7)
-    similarity, count = patch_similarity(features, num_images=2)
     tokens = features.mean(1)[:, 1:]
+    similarity, count = patch_similarity(patch_tokens(features), num_images=2)
     expected = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=3)  # (2, 4, 4)
     ordered = [[value for value, n in zip(row, count, strict=True) for _ in range(int(n))] for row in similarity]
     torch.testing.assert_close(torch.tensor(ordered).sort().values, expected.flatten(1).sort().values)
 
 
 def test_windows_of_an_image_are_pooled():
-    features = torch.randn(6, 2, 5, 7)
-    separate, count = patch_similarity(features, num_images=6)
-    pooled, counts = patch_similarity(features, num_images=2)
+    tokens = patch_tokens(torch.randn(6, 2, 5, 7))
+    separate, count = patch_similarity(tokens, num_images=6)
+    pooled, counts = patch_similarity(tokens, num_images=2)
     assert torch.equal(pooled, separate.reshape(2, -1)) and torch.equal(counts, count.repeat(3))
 
 
@@ -54,7 +54,7 @@ def test_nearly_equal_tokens_are_summed_as_in_cosine_similarity():
     tokens = patch_tokens(features)
     row, column = torch.triu_indices(39, 39)
     expected = (tokens[:, row] * tokens[:, column]).sum(2)
-    assert torch.equal(PairProducts.apply(tokens, row, column), expected)
+    assert torch.equal(patch_similarity(tokens, num_images=1)[0], expected)
     assert not torch.equal((tokens @ tokens.mT)[:, row, column], expected)
 
 

@@ -31,31 +31,7 @@ def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
     Returns:
         0-d tensor in nats, differentiable in `features`.
     """
-    similarity, count = patch_similarity(features, num_images)  # (B, M), (M,)
-    low, high = similarity.detach().aminmax()  # of the whole batch, and no gradient through them
-    step = (high - low) / (POINTS - 1)
-    points = low + step * torch.arange(POINTS, device=similarity.device)  # (K,)
-    density = GaussianDensity.apply(similarity, count, points) + DENSITY_FLOOR  # (B, K)
-    return torch.trapezoid(-density * density.log(), dim=1).mul(step).mean()
-
-
-def patch_similarity(features: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """Cosine of every pair of tokens of a window, the windows of an image pooled.
-
-    The method takes ordered pairs, self-pairs included. The cosine is symmetric, so each pair is given once, with
-    the number of ordered pairs that it stands for.
-
-    Args:
-        features: (B*W, h, N, d).
-
-    Returns:
-        Similarities (B, M) in float32, for lower precision would blur the kernel, which is 0.01 wide; and counts (M,),
-        2 or, for a token with itself, 1. M = W * N (N - 1) / 2, as `patch_tokens` leaves N - 1 tokens.
-    """
-    tokens = patch_tokens(features)
-    row, column = torch.triu_indices(tokens.shape[1], tokens.shape[1], device=tokens.device)
-    similarity = PairProducts.apply(tokens, row, column).reshape(num_images, -1)
-    return similarity, (1.0 + (row != column)).repeat(len(tokens) // num_images)
+    return PatchEntropy.apply(patch_tokens(features), num_images)
 
 
 def patch_tokens(features: Tensor) -> Tensor:
@@ -68,75 +44,104 @@ def patch_tokens(features: Tensor) -> Tensor:
         features: (B*W, h, N, d).
 
     Returns:
-        (B*W, N-1, d) in float32.
+        (B*W, N-1, d) in float32: lower precision would blur the density's kernel, which is 0.01 wide.
     """
     return F.normalize(features.float().mean(dim=1)[:, 1:], dim=2, eps=1e-8)
 
 
+class PatchEntropy(torch.autograd.Function):
+    """The entropy of tokens (B*W, N, d), windows of one image next to one another.
+
+    The gradient is computed with the value, as one kernel serves both; what is kept for the backward pass is as small
+    as the tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, num_images: int) -> Tensor:
+        similarity, count = patch_similarity(tokens, num_images)  # (B, M), (M,)
+        low, high = similarity.aminmax()  # of the whole batch; the points, which hang on them, pass no gradient
+        step = (high - low) / (POINTS - 1)
+        similarity -= low
+        points = step * torch.arange(POINTS, device=tokens.device)  # (K,), from low on
+        kernel = gaussian_kernel(similarity, count, points)  # (B, K, M)
+        q = kernel.sum(dim=2) + DENSITY_FLOOR  # (B, K)
+        trapezoid = torch.full_like(points, 1.0)
+        trapezoid[0] = trapezoid[-1] = 0.5
+        ctx.save_for_backward(_gradient(tokens, similarity, kernel, points, -trapezoid * step * (q.log() + 1)))
+        return -(q * q.log() * trapezoid).sum(dim=1).mean() * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None
+
+
+def _gradient(tokens: Tensor, similarity: Tensor, kernel: Tensor, points: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of the mean over images for the tokens, (B*W, N, d); `slope` (B, K) is an image's for the density."""
+    W, N, _ = tokens.shape
+    slope = slope / (len(similarity) * BANDWIDTH**2)
+    # d kernel / d similarity = kernel * (point - similarity) / h^2
+    moments = _float32_product(torch.stack([slope * points, slope], dim=1), kernel)  # (B, 2, M)
+    of_pairs = (moments[:, 0] - similarity * moments[:, 1]).view(W, -1)
+    matrix = tokens.new_zeros(W, N * N).index_copy_(1, _pairs(N, tokens.device)[0], of_pairs).view(W, N, N)
+    return _float32_product(matrix + matrix.transpose(1, 2), tokens)
+
+
+def patch_similarity(tokens: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Cosine of every pair of tokens of a window, the windows of an image pooled.
+
+    The method takes ordered pairs, self-pairs included. The cosine is symmetric, so each pair is given once, with
+    the number of ordered pairs that it stands for. Where all patches are nearly alike, how the products of a pair are
+    summed decides the entropy's gradient: on a CPU they are summed there as in cosine_similarity, not as in a matrix
+    product. A GPU has no such order to keep.
+
+    Args:
+        tokens: (B*W, N, d), from `patch_tokens`.
+
+    Returns:
+        Similarities (B, M) and counts (M,), 2 or, for a token with itself, 1; M = W * N (N + 1) / 2.
+    """
+    products = _float32_product(tokens, tokens.transpose(1, 2))  # (B*W, N, N)
+    on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and torch.sub(*products.aminmax()).abs() < NARROW:
+        products = torch.stack([(token[:, None] * tokens).sum(dim=2) for token in tokens.unbind(1)], dim=1)
+    pairs, count = _pairs(tokens.shape[1], tokens.device)
+    similarity = products.flatten(1).index_select(1, pairs)
+    return similarity.view(num_images, -1), count.repeat(len(tokens) // num_images)
+
+
+def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where, in a flat (N, N) matrix, each unordered pair is, and how many ordered ones it stands for: (M,) each."""
+    row, column = torch.triu_indices(N, N, device=device)
+    return row * N + column, 1.0 + (row != column)
+
+
+def gaussian_kernel(samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
+    """What each sample adds to the Gaussian kernel density at each point: summed over samples it is the density.
+
+    The density is p(t) = mean_j exp(-(t - s_j)^2 / 2h^2) / sqrt(2 pi) h.
+
+    Args:
+        samples: (B, M).
+        count: (M,), how many equal samples each one stands for.
+        points: (K,).
+
+    Returns:
+        (B, K, M).
+    """
+    # As a power of two, to which the count is added: torch.exp is ten times slower on a CPU where it underflows.
+    log_weight = (count / (count.sum() * math.sqrt(2 * math.pi) * BANDWIDTH)).log2()
+    offset = samples[:, None] - points[:, None]
+    torch.addcmul(log_weight, offset, offset, value=-math.log2(math.e) / (2 * BANDWIDTH**2), out=offset)
+    return offset.exp2_()  # in place throughout: it is the largest tensor of a step
+
+
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, (W, N, N') and (W, N', d), in float32 also where the model's own products are TF32's."""
+    """a @ b for batches of matrices, in float32 also where the model's own products are TF32's."""
     if torch.compiler.is_compiling():  # becomes one loop
         return (a[..., None] * b[:, None]).sum(dim=2)
     with float32_products():
         return a @ b
-
-
-class PairProducts(torch.autograd.Function):
-    """Inner products of tokens (W, N, d) with index `row` and tokens with index `column`, (W, P): each pair once.
-
-    Where all patches are nearly alike, how the products of a pair are summed decides the entropy's gradient: there
-    they are summed as in cosine_similarity, not as in a matrix product. A GPU has no such order to keep.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, row, column)
-        if torch.compiler.is_compiling():  # becomes one loop; no product is stored
-            return (tokens[:, row] * tokens[:, column]).sum(dim=2)
-        products = _float32_product(tokens, tokens.transpose(1, 2))  # (W, N, N)
-        if tokens.device.type == "cpu" and products.max() - products.min() < NARROW:
-            products = torch.stack([(token[:, None] * tokens).sum(dim=2) for token in tokens.unbind(1)], dim=1)
-        return products.flatten(1)[:, row * tokens.shape[1] + column]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        tokens, row, column = ctx.saved_tensors
-        W, N, _ = tokens.shape
-        matrix = grad.new_zeros(W, N * N)
-        matrix[:, row * N + column] = grad
-        matrix = matrix.view(W, N, N)
-        return _float32_product(matrix + matrix.transpose(1, 2), tokens), None, None
-
-
-class GaussianDensity(torch.autograd.Function):
-    """Gaussian kernel density p(t) = mean_j exp(-(t - s_j)^2 / 2h^2) / sqrt(2 pi) h: at points (K,) of samples (B, M).
-
-    Sample j stands for count_j equal ones, count of shape (M,). One point at a time, forward and backward, so that
-    nothing of size K * M exists; the backward pass computes the kernel again instead of keeping it. Gradient for the
-    samples alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
-        log_count, norm = count.log2(), count.sum() * (math.sqrt(2 * math.pi) * BANDWIDTH)
-        ctx.save_for_backward(samples, log_count, points, norm)
-        sums = [_kernel(samples - point, log_count).sum(dim=1) for point in points.unbind()]
-        return torch.stack(sums, dim=1) / norm  # (B, K)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        samples, log_count, points, norm = ctx.saved_tensors
-        slope = grad / (norm * BANDWIDTH**2)  # (B, K)
-        total = torch.zeros_like(samples)
-        for point, weight in zip(points.unbind(), slope.unbind(dim=1), strict=True):
-            offset = samples - point
-            total.addcmul_(_kernel(offset, log_count), offset.mul_(-weight[:, None]))  # d/ds = kernel * (t - s) / h^2
-        return total, None, None
-
-
-def _kernel(offset: Tensor, log_count: Tensor) -> Tensor:
-    """count * exp(-offset^2 / 2h^2), as a power of two: torch.exp is ten times slower on a CPU where it underflows."""
-    return torch.addcmul(log_count, offset, offset, value=-math.log2(math.e) / (2 * BANDWIDTH**2)).exp2_()
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -147,6 +152,8 @@ def total_variation(images: Tensor) -> Tensor:
     Args:
         images: (B, C, H, W).
     """
+    if torch.compiler.is_compiling():  # which fuses what autograd would do one by one
+        return sum(torch.linalg.vector_norm(a - b) for a, b in _neighbours(images))
     return TotalVariation.apply(images)
 
 
