@@ -129,7 +129,7 @@ def test_resume_with_nothing_to_resume_is_refused(tmp_path, make):
 # Generation
 
 
-@pytest.mark.parametrize("at", [1, 7, 20, 24, 25, 48])
+@pytest.mark.parametrize("at", [1, 20, 25, 48])
 def test_interrupted_at_any_step_the_images_are_the_same(vit, tmp_path, interrupt, at):
     """Of the first or second batch, in the first or second round, and after the very last step."""
     expected = generate(vit)
