@@ -104,13 +104,14 @@ def generate_data(
     with (
         frozen(model, settings.checkpoint_activations),
         float32_products(tf32=settings.precision == "tf32"),
+        attention_outputs(model) as outputs,  # once: other hooks would be compiled anew
         stop_requests() as stop,
         progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar,
     ):
         for index, labels in mine:
             batch = Batch(model, labels, seed, index, settings, state)
             bar.update(batch.step)
-            finished[index] = batch.optimise(bar, stop)
+            finished[index] = batch.optimise(outputs, bar, stop)
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
@@ -156,35 +157,38 @@ class Batch:
             if self.file.exists():
                 self.restore(load_state(self.file, self.identity))
 
-    def optimise(self, bar: tqdm, stop: Callable[[], int | None]) -> tuple[Tensor, list[list[float]]]:
-        """Do all steps that are left; `stop` tells whether a signal asks to stop after the present one.
+    def optimise(
+        self, outputs: list[Tensor], bar: tqdm, stop: Callable[[], int | None]
+    ) -> tuple[Tensor, list[list[float]]]:
+        """Do all steps that are left.
+
+        Args:
+            outputs: the list to which `attention_outputs` appends.
+            stop: tells whether a signal asks to stop after the present step.
 
         Returns:
             The images, on the CPU, and the terms of every step.
         """
-        good, recent = self.snapshot(), []
-        with attention_outputs(self.model) as outputs:
-            terms = loss_terms(self.model, outputs, self.labels, self.tv_target, self.settings.precision)
-            if self.settings.compile and not self.settings.checkpoint_activations:
-                terms = compiled(terms, self.images)
-            while self.step < self.settings.rounds * self.settings.steps:
-                try:
-                    values = self.advance(terms)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    values = None
-                if values is None:  # here, the memory of the attempt is free again
-                    raise InputError(self.what_fits(terms))
-                recent.append(values)
-                bar.update()
-                if (
-                    len(recent) == 10 or self.step % self.settings.steps == 0 or stop()
-                ):  # seldom: it waits for the device
-                    self.read(recent, bar, good)
-                    good, recent = self.snapshot(), []
-                if stop():
-                    raise Stopped(stop(), self.keep(good, f"interrupted at step {self.step}"))
+        good, recent, total = self.snapshot(), [], self.settings.rounds * self.settings.steps
+        terms = loss_terms(self.model, outputs, self.labels, self.tv_target, self.settings.precision)
+        if self.settings.compile and not self.settings.checkpoint_activations and self.step < total:
+            terms = compiled(terms, self.images)
+        while self.step < total:
+            try:
+                values = self.advance(terms)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                values = None
+            if values is None:  # here, the memory of the attempt is free again
+                raise InputError(self.what_fits(terms))
+            recent.append(values)
+            bar.update()
+            if len(recent) == 10 or self.step == total or stop():  # seldom: it waits for the device
+                self.read(recent, bar, good)
+                good, recent = self.snapshot(), []
+            if stop():
+                raise Stopped(stop(), self.keep(good, f"interrupted at step {self.step}"))
         self.keep(good, "finished")
         return self.images.detach().cpu(), self.losses
 
@@ -238,7 +242,8 @@ class Batch:
         self.random.set_state(tensors["random"])
         if self.step:
             moments = {name: tensors[name].to(self.images.device) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[self.images] = moments | {"step": torch.tensor(float(self.step))}
+            device = self.images.device if self.optimizer.defaults["fused"] else None
+            self.optimizer.state[self.images] = moments | {"step": torch.tensor(float(self.step), device=device)}
 
     def keep(self, snapshot: dict[str, Tensor], why: str) -> str:
         """Write a snapshot to the batch's file, if it has one; returns `why`, and where to go on from."""
@@ -266,6 +271,7 @@ def loss_terms(
         outputs: the list to which `attention_outputs` appends.
         labels: (B,) or more, on the device.
     """
+    target = torch.tensor(tv_target, device=labels.device)  # another number would be compiled anew
 
     def terms(images: Tensor) -> Tensor:
         outputs.clear()
@@ -274,7 +280,7 @@ def loss_terms(
         entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
         outputs.clear()
         cross_entropy = F.cross_entropy(logits.float(), labels[: len(images)])
-        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - tv_target).abs()])
+        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - target).abs()])
 
     return terms
 
@@ -285,7 +291,7 @@ def compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Ten
     fast = torch.compile(terms, fullgraph=True, dynamic=False)
     try:
         torch.autograd.grad(fast(images).sum(), images)
-    except RuntimeError as error:  # no compiler, no Triton, a part that cannot be traced
+    except Exception as error:  # no compiler, no Triton, a part that cannot be traced: of many types
         if is_out_of_memory(error):
             return terms  # which tells what would fit
         note(f"torch.compile failed; going on without it ({str(error).strip().splitlines()[0]})")
@@ -387,8 +393,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    options = parse()
     with process_group():
+        with first_process_first():
+            options = parse()
         run(options)
 
 

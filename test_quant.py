@@ -72,7 +72,7 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         images = open_images(dataset, model, options)
         pixels = options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size)
         check_writable(options.output_dir or ROOT / "runs", 8 * pixels)  # in float32, and as much for their picture
-    with timed(seconds, "quantize"):
+    with timed(seconds, "quantize"), first_process_first():
         quantized = swap_layers(model, options)
     print(headline(options, device), flush=True)
 
@@ -81,7 +81,6 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         tensors = calibration_images(model, images, options, losses, state)
     with timed(seconds, "calibrate"), float32_products():
         calibrate(quantized, tensors["images"])
-    folder = None
     if is_first():  # only now is there something
         folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))
         if options.mode != 2:
@@ -101,25 +100,25 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         if options.plots:
             kinds = images_by_kind(model, images, tensors, options)
             plot_run(folder, model, quantized, kinds, tensors["images"], losses)
-    check_readable(results, options, folder)
+        check_readable(results, options, folder)
     return results
 
 
 def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: Path | None) -> dict:
     """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
     seconds: dict[str, float] = {}
-    with timed(seconds, "build"):
+    with timed(seconds, "build"), first_process_first():
         model, header = load_quantized(options.load)
-    if not dataset and header["model"] in DEMO_MODELS:
-        with first_process_first():
+        if not dataset and header["model"] in DEMO_MODELS:
             dataset = write_demo_data(ROOT / "data" / "demo")
-    if not dataset and not options.export_onnx:
-        raise InputError("--load evaluates a model: expected --dataset; got none")
+        if not dataset and not options.export_onnx:
+            raise InputError("--load evaluates a model: expected --dataset; got none")
     if is_first():
         write_models(model, header["model"], options)
     if not dataset:
         return header
-    images = open_images(dataset, model, options)["val"]
+    with first_process_first():
+        images = open_images(dataset, model, options)["val"]
     with timed(seconds, "evaluate"), float32_products():
         measured = measure({"quantized": model.to(device)}, images, options)
     results = {
@@ -130,7 +129,6 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
         "top5": measured["quantized_top5"],
         "unreadable": measured["unreadable"],
     } | provenance(options, device, seconds)
-    folder = None
     if is_first():
         folder = options.output_dir or new_run_folder(ROOT / "runs", options.load.stem)
         write_json(folder / "results.json", results)
@@ -140,7 +138,7 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
             f"results: {folder}",
             sep="\n",
         )
-    check_readable(results, options, folder)
+        check_readable(results, options, folder)
     return results
 
 
@@ -220,7 +218,8 @@ def calibration_images(
     count, seed = options.calib_batchsize, options.seed
     settings = generation_settings(options, next(model.parameters()).device)
     if options.images:
-        tensors = load_images(options.images, model.patch_embed.img_size)
+        with first_process_first():
+            tensors = load_images(options.images, model.patch_embed.img_size)
         tensors |= {name: tensors[name][:count] for name in ("images", "labels") if name in tensors}
     elif options.mode == 0:
         tensors = {"images": generate_data(model, count, seed, settings, losses=losses, state=state)}
@@ -228,7 +227,8 @@ def calibration_images(
     elif options.mode == 1:
         tensors = {"images": draw_noise(model, count, seed)}
     else:
-        tensors = {"images": draw_images(images["train"], count, seed)}
+        with first_process_first():
+            tensors = {"images": draw_images(images["train"], count, seed)}
     if "val" not in images and "held_out" not in tensors:
         print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
         tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings, state=state / "held-out")
@@ -275,11 +275,11 @@ def measure(models: dict[str, nn.Module], images: Images, options: argparse.Name
     return evaluate(models, loader, options.print_freq)
 
 
-def check_readable(results: dict, options: argparse.Namespace, folder: Path | None) -> None:
+def check_readable(results: dict, options: argparse.Namespace, folder: Path) -> None:
     """Fail at the end of a run that met unreadable images, unless they may be left out."""
     if results["unreadable"] and not (options.skip_bad and results["n"]):
         count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
-        where = f", ..., all in {folder / 'results.json'}" if count > 5 and folder else ""
+        where = f", ..., all in {folder / 'results.json'}" if count > 5 else ""
         raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")
 
 
@@ -322,8 +322,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
     with process_group():
+        with first_process_first():
+            options = parse()
         run(options)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.attention import attention_outputs, layer_entropies
+from utils.attention import attention_outputs, first_not_finite, layer_entropies
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -37,3 +37,15 @@ def test_hooks_are_gone_afterwards(model):
 def test_layer_entropies_has_one_value_a_layer(swin):
     entropies = layer_entropies(swin, torch.randn(3, 3, 32, 32))
     assert len(entropies) == 4 and all(isinstance(value, float) for value in entropies)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_first_not_finite_names_the_earliest_layer(request, name, value):
+    model, images = request.getfixturevalue(name), torch.randn(2, 3, 32, 32)
+    assert first_not_finite(model, images) is None
+    layers = [layer for layer, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for layer in reversed(layers):  # those after it are not finite either
+        model.get_submodule(layer).weight.data[0] = value
+        assert first_not_finite(model, images) == layer
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,9 +1,15 @@
 import dataclasses
+import functools
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import generate_data as generation
 from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
@@ -11,7 +17,9 @@ from models import normalization
 from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy, total_variation
+from utils.errors import exit_cleanly
 
+ROOT = Path(generation.__file__).parent
 QUICK = GenerationSettings(steps=5)
 
 
@@ -89,10 +97,129 @@ def test_optimisation_raises_entropy_and_approaches_the_labels(vit):
     assert total_variation(images) < total_variation(noise)
 
 
-def test_a_term_that_is_not_finite_stops_with_its_name(vit):
-    vit.head.bias.data[:] = float("nan")
-    with pytest.raises(FloatingPointError, match="L_OH became nan at step 1;"):
-        generate_data(vit, 2, settings=QUICK, progress=False)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38], ids=["nan", "inf", "-inf", "overflow"])
+@pytest.mark.parametrize(
+    ("parameter", "term", "layer"),
+    [
+        ("head.bias", "L_OH", "head"),
+        ("blocks.1.mlp.fc1.weight", "L_OH", r"blocks\.1\.mlp\.fc[12]"),
+        ("blocks.0.attn.qkv.weight", "L_PSE", r"blocks\.0\.attn\.(qkv|proj)"),
+        ("patch_embed.proj.bias", "L_PSE", r"patch_embed\.proj|blocks\.0\.norm1"),
+    ],
+    ids=["head", "mlp", "attention", "embedding"],
+)
+def test_weights_that_are_not_finite_stop_with_the_term_and_the_layer(vit, tmp_path, value, parameter, term, layer):
+    vit.get_parameter(parameter).data[:] = value
+    if parameter == "head.bias" and value == 1e38:
+        pytest.skip("the same for all classes, and finite")
+    message = rf"^{term} became (nan|-?inf) at step 1; expected finite losses; ({layer}) is the first layer that is not"
+    with pytest.raises(FloatingPointError, match=message):
+        generate_data(vit, 2, settings=QUICK, progress=False, state=tmp_path)
+    assert load_file(tmp_path / "batch-0.safetensors")["images"].isfinite().all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [7, 10, 14])
+def test_a_step_that_is_not_finite_leaves_the_last_good_state(vit, tmp_path, monkeypatch, at, where):
+    expected = generate_data(vit, 2, settings=GenerationSettings(steps=10), progress=False)
+    variation, left = generation.total_variation, [at]
+
+    def once(images):
+        left[0] -= 1
+        value = variation(images)
+        if left[0] or where == "loss":
+            return value * (1 if left[0] else math.inf)
+        value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+
+    monkeypatch.setattr(generation, "total_variation", once)
+    message = rf"(L_TV became inf at step {at}|L_PSE became nan at step {at + 1}); .*; all layers were finite before"
+    if where == "gradient" and at == 10:  # read at once: the images are not finite, the terms still are
+        message = "the gradient was not finite by step 10"
+    with pytest.raises(FloatingPointError, match=f"{message}.*the state of step {at - 1 - (at - 1) % 10} is in"):
+        generate_data(vit, 2, settings=GenerationSettings(steps=10), progress=False, state=tmp_path)
+    resumed = generate_data(vit, 2, settings=GenerationSettings(steps=10), progress=False, state=tmp_path)
+    assert torch.equal(resumed, expected)
+
+
+def test_a_model_that_is_not_finite_ends_the_command_line_with_two(tmp_path, monkeypatch, capsys):
+    weights = load_file(ROOT / "models" / "demo_vit.safetensors")
+    weights["blocks.0.mlp.fc2.bias"][0] = math.nan
+    save_file(weights, tmp_path / "nan.safetensors")
+    line = ["--model", "demo_vit", "--checkpoint", tmp_path / "nan.safetensors", "--num-images", 2, "--device", "cpu"]
+    line += ["--output", tmp_path / "images.safetensors"]
+    monkeypatch.setattr("sys.argv", ["generate_data.py", *map(str, line)])
+    with pytest.raises(SystemExit) as caught:
+        exit_cleanly(generation.main)
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: L_PSE became nan at step 1; ") and "blocks.0.mlp.fc2 is the first layer" in last
+
+
+def fail(error):
+    def compile(*arguments, **options):
+        def fast(*arguments):
+            raise error
+
+        return fast
+
+    return compile
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no C++ compiler\nat all"), ImportError("no Triton")], ids=str)
+def test_where_compilation_fails_a_line_says_so_and_the_images_are_the_same(vit, monkeypatch, capsys, error):
+    expected = generate_data(vit, 2, settings=QUICK, progress=False)
+    monkeypatch.setattr(torch, "compile", fail(error))
+    images = generate_data(vit, 2, settings=dataclasses.replace(QUICK, compile=True), progress=False)
+    assert torch.equal(images, expected)
+    reason = str(error).split("\n")[0]
+    assert capsys.readouterr().err.splitlines() == [f"torch.compile failed; going on without it ({reason})"]
+
+
+def test_batches_share_what_is_compiled(vit, monkeypatch):
+    """More batches than torch.compile would compile one function anew for."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    settings = GenerationSettings(steps=1, batch_size=2)
+    expected = generate_data(vit, 21, settings=settings, progress=False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    torch.compiler.reset()
+    images = generate_data(vit, 21, settings=dataclasses.replace(settings, compile=True), progress=False)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
+    assert 2 <= len(graphs) <= 4  # for two images, for one, and of images that are results of an operation
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_compiled_entropy_equals_eager():
+    features = torch.randn(2, 2, 9, 8, requires_grad=True)
+
+    def terms(features):
+        return patch_similarity_entropy(features, 2)
+
+    fast = generation.compiled(terms, features)
+    assert fast is not terms
+    values = [function(features) for function in (terms, fast)]
+    gradients = [torch.autograd.grad(value, features)[0] for value in values]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=0)
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_a_deterministic_run_and_its_repetition_give_the_same_bytes(tmp_path):
+    """In processes of their own, for the option lasts as long as the process."""
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    line = ["--model", "demo_vit", "--num-images", "2", "--steps", "2", "--device", "cpu", "--deterministic"]
+    command = [sys.executable, "generate_data.py", *line, "--output"]
+    processes = [subprocess.Popen([*command, str(file)], cwd=ROOT, stderr=subprocess.PIPE) for file in files]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].with_suffix(".png").read_bytes() == files[1].with_suffix(".png").read_bytes()
 
 
 def test_a_quantized_model_is_refused(vit):

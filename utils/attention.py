@@ -58,7 +58,9 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
 
     layers = [(name, layer) for name, layer in model.named_modules() if not any(layer.children())]
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers]
-    model(images)
-    for handle in handles:
-        handle.remove()
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
     return names[0] if names else None

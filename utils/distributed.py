@@ -7,6 +7,7 @@ the others.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -58,15 +59,29 @@ def is_first() -> bool:
 def first_process_first() -> Iterator[None]:
     """The first process runs the block before the others: it downloads, checks and fills caches for all."""
     if not is_first():
-        dist.barrier()
+        with _all_there():
+            dist.barrier()
     yield
     if is_first() and world_size() > 1:
-        dist.barrier()
+        with _all_there():
+            dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
     """Every process's `value`, in the order of their ranks, in every process."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        with _all_there():
+            dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """End without a word where another process has ended: that one, or torchrun's report, tells why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "connection" not in str(error).lower():
+            raise
+        sys.exit(1)

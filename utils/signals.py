@@ -25,6 +25,9 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
 
     Within the context SIGINT and SIGTERM do nothing else, once. Python delivers signals to the main thread; in another
     thread this does nothing.
+
+    Raises:
+        Stopped: at the end of the context, where a signal came that nobody asked for any more.
     """
     received: list[int] = []
 
@@ -37,6 +40,8 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield lambda: received[0] if received else None
+        if received:
+            raise Stopped(received[0], "interrupted")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

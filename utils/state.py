@@ -58,15 +58,15 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
     if resume and not any(folder.glob("**/*.safetensors")):
         raise InputError(f"--resume: expected the state of an interrupted run in {folder}; found none")
     check_writable(folder)
-    with locked(folder):
-        for file in [] if resume else folder.glob("**/*.safetensors"):
-            file.unlink()
-        try:
+    try:
+        with locked(folder):
+            for file in [] if resume else folder.glob("**/*.safetensors"):
+                file.unlink()
             yield folder
             shutil.rmtree(folder)
-        finally:
-            with suppress(OSError):  # there is something in it, or it is gone
-                folder.rmdir()
+    finally:
+        with suppress(OSError):  # there is something in it, or it is gone
+            folder.rmdir()
 
 
 def digest(model: nn.Module) -> str:

@@ -1,0 +1,52 @@
+import dataclasses
+
+import pytest
+import torch
+
+from generate_data import GenerationSettings, generate_data
+from utils.precision import PRECISIONS, float32_products, model_products
+
+
+def flags():
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("before", [("highest", False), ("medium", True)], ids=["strict", "loose"])
+@pytest.mark.parametrize("tf32", [False, True], ids=["fp32", "tf32"])
+def test_products_are_as_asked_and_the_flags_are_put_back(monkeypatch, before, tf32):
+    original = flags()
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    try:
+        with pytest.raises(KeyError), float32_products(tf32):
+            assert flags() == (("high", True) if tf32 else ("highest", False))
+            raise KeyError
+        assert flags() == before
+    finally:
+        torch.set_float32_matmul_precision(original[0])
+        torch.backends.cudnn.allow_tf32 = original[1]
+
+
+def test_bf16_rounds_products_and_the_others_do_not():
+    weight, x = torch.randn(8, 8), torch.randn(8, 8)
+    results = {}
+    for precision in PRECISIONS:
+        with model_products(precision, x.device):
+            results[precision] = x @ weight
+    assert results["bf16"].dtype == torch.bfloat16
+    assert torch.equal(results["fp32"], x @ weight) and torch.equal(results["tf32"], x @ weight)
+
+
+def test_images_are_finite_and_losses_float32_in_every_precision(model, monkeypatch):
+    """The terms of the first step are about the same; a CPU has no TF32."""
+    before, terms = flags(), {}
+    for precision in PRECISIONS:
+        settings = dataclasses.replace(GenerationSettings(steps=3), precision=precision)
+        losses: list[list[float]] = []
+        images = generate_data(model, 2, settings=settings, progress=False, losses=losses)
+        assert images.isfinite().all() and images.dtype == torch.float32
+        terms[precision] = torch.tensor(losses)
+        assert flags() == before and not torch.is_autocast_enabled("cpu")
+    assert torch.equal(terms["fp32"], terms["tf32"])
+    assert not torch.equal(terms["fp32"][0], terms["bf16"][0])
+    torch.testing.assert_close(terms["bf16"][0], terms["fp32"][0], rtol=0.05, atol=0.05)
