@@ -10,6 +10,9 @@ from utils.signals import Stopped
 class InputError(ValueError):
     """What a user gave cannot be used; the message says in one line what was expected and what came."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # what came may have lines of its own
+
 
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run `main`, and end with one line where it does not end well.
