@@ -30,7 +30,7 @@ from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
-from utils.memory import is_out_of_memory
+from utils.memory import attempt, is_out_of_memory
 from utils.options import Parser, add_generation_options, add_model_options, pick_device, positive
 from utils.plots import plot_generation, require_matplotlib
 from utils.precision import float32_products, model_products
@@ -138,7 +138,7 @@ class Batch:
         self, model: nn.Module, labels: Tensor, seed: int, index: int, settings: GenerationSettings, state: Path | None
     ) -> None:
         device, size, B = next(model.parameters()).device, model.patch_embed.img_size, len(labels)
-        self.model, self.labels, self.index, self.settings = model, labels.to(device), index, settings
+        self.model, self.labels, self.settings = model, labels.to(device), settings
         self.images = torch.randn(B, 3, *size, generator=stream(seed, "images", index)).to(device).requires_grad_()
         self.random = stream(seed, "augmentation", index)
         # TV grows with the root of the number of pixels in the batch; the published target is for 32 of 224x224.
@@ -174,13 +174,8 @@ class Batch:
         if self.settings.compile and not self.settings.checkpoint_activations and self.step < total:
             terms = compiled(terms, self.images)
         while self.step < total:
-            try:
-                values = self.advance(terms)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                values = None
-            if values is None:  # here, the memory of the attempt is free again
+            values = attempt(lambda: self.advance(terms))
+            if values is None:
                 raise InputError(self.what_fits(terms))
             recent.append(values)
             bar.update()
@@ -302,13 +297,7 @@ def compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Ten
 def _fits(terms: Callable[[Tensor], Tensor], images: Tensor) -> bool:
     """Whether the memory suffices for a step with these images."""
     images = images.detach().requires_grad_()
-    try:
-        torch.autograd.grad(terms(images).sum(), images)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
+    return attempt(lambda: torch.autograd.grad(terms(images).sum(), images)) is not None
 
 
 @contextmanager

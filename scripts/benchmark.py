@@ -37,6 +37,7 @@ from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
 from utils.environment import device_name, versions
 from utils.errors import exit_cleanly
+from utils.files import check_writable, write_json
 from utils.options import Parser, pick_device, positive
 from utils.precision import PRECISIONS, float32_products, model_products
 
@@ -56,6 +57,8 @@ def main() -> None:
     add("--peak", choices=["bare", "step"], help=argparse.SUPPRESS)  # measure the memory of one, in this process
     options = parser.parse_args()
     device = pick_device(options.device)
+    if options.json:
+        check_writable(options.json.parent)
     if options.peak:
         print(peak_memory(options, device))
         return
@@ -68,7 +71,7 @@ def main() -> None:
         for column in columns:
             print(f"  {column:<20}{'not run' if row[column] is None else format(row[column], '.2f'):>10}")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.json, rows)
 
 
 def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> dict:

@@ -30,7 +30,7 @@ from models import DEMO_MODELS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
-from utils.data import UNREADABLE, Images, check_dataset
+from utils.data import UNREADABLE, Images, check_dataset, image_loader
 from utils.errors import InputError, exit_cleanly
 from utils.evaluate import count_correct
 from utils.files import check_writable, write_json
@@ -110,7 +110,8 @@ def measure_accuracy(models: dict[str, Callable[[Tensor], Tensor]], loader: Data
     """
     correct = {name: torch.zeros(2, dtype=torch.int64) for name in models}
     same, count = Counter(), 0
-    for images, labels, _ in progress_bar(loader, desc="evaluating", unit="batch"):
+    for items in progress_bar(loader, desc="evaluating", unit="batch"):
+        images, labels, _ = map(torch.as_tensor, items)  # arrays where the shared memory is small
         readable = labels != UNREADABLE
         images, labels = images[readable], labels[readable]
         logits = {name: model(images) for name, model in models.items()}
@@ -196,7 +197,7 @@ def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     check_dataset(dataset, ["val"])
     images = Images(dataset, "val", create_transform(**header["transform"], is_training=False), options.limit)
     images.check_classes(header["num_classes"])
-    return DataLoader(images, 50, num_workers=min(16, available_cores()))
+    return image_loader(images, 50, min(16, available_cores()))
 
 
 def main() -> None:

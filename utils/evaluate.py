@@ -1,6 +1,7 @@
 """Accuracy of a float and a quantized model on the same images, in one pass."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from quant import check_calibrated
 from utils.data import UNREADABLE, image_loader
 from utils.distributed import gather
 from utils.errors import InputError
-from utils.memory import is_out_of_memory
+from utils.memory import attempt, is_out_of_memory
 from utils.progress import note, progress_bar
 
 
@@ -81,7 +82,7 @@ def count_in_parts(
     """
     correct: dict[str, Tensor | int] = dict.fromkeys(models, 0)
     while len(labels):
-        hits = _try_count(models, batch[:size], labels[:size])
+        hits = attempt(partial(_count, models, batch[:size], labels[:size]))
         if hits is None:
             size = _half(min(size, len(labels)))
             continue
@@ -116,16 +117,11 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     return {"agreement": agreement.item(), "logit_error": error.item()}
 
 
-def _try_count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> dict[str, Tensor] | None:
-    """Every model's hits; None where the memory does not suffice, and then nothing of the attempt is held."""
+def _count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Every model's hits on a batch, (2,) each."""
     device = next(next(iter(models.values())).parameters()).device
-    try:
-        batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        return {name: count_correct(model(batch), labels) for name, model in models.items()}
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+    batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return {name: count_correct(model(batch), labels) for name, model in models.items()}
 
 
 def _batches(images: DataLoader) -> Iterator[list[Tensor]]:

@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     """Write `content` as indented JSON."""
     with replacing(path) as draft:
         draft.write_text(json.dumps(content, indent=2) + "\n")
