@@ -9,11 +9,11 @@ the end writes the images and a picture of them.
 import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import argparse
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,21 +25,25 @@ from tqdm import tqdm
 from models import build_model, model_tag, normalization
 from quant import is_calibrated
 from utils.attention import attention_outputs, first_not_finite, layer_entropies
+from utils.compilation import compiled
 from utils.distributed import first_process_first, gather, is_first, process_group, rank, world_size
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
 from utils.files import check_writable
 from utils.images import save_images
-from utils.memory import attempt, is_out_of_memory
+from utils.memory import attempt
 from utils.options import Parser, add_generation_options, add_model_options, pick_device, positive
 from utils.plots import plot_generation, require_matplotlib
 from utils.precision import float32_products, model_products
-from utils.progress import note, progress_bar
+from utils.progress import progress_bar
 from utils.seeds import make_deterministic, stream
 from utils.signals import Stopped, stop_requests
 from utils.state import digest, load_state, save_state, unfinished
 
 __all__ = ["GenerationSettings", "draw_labels", "generate_data", "patch_similarity_entropy", "total_variation"]
+
+
+LossTerms = Callable[[Tensor, Tensor, Tensor], Tensor]  # see loss_terms
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,13 @@ def generate_data(
         stop_requests() as stop,
         progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar,
     ):
+        terms = loss_terms(model, outputs, settings.precision)
         for index, labels in mine:
             batch = Batch(model, labels, seed, index, settings, state)
             bar.update(batch.step)
-            finished[index] = batch.optimise(outputs, bar, stop)
+            if index == rank() and settings.compile and not settings.checkpoint_activations:
+                terms = compiled(terms, batch.try_out, dynamic=False)
+            finished[index] = batch.optimise(terms, bar, stop)
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
@@ -143,7 +150,7 @@ class Batch:
         self.random = stream(seed, "augmentation", index)
         # TV grows with the root of the number of pixels in the batch; the published target is for 32 of 224x224.
         low, high = (target * math.sqrt(B * math.prod(size) / (32 * 224 * 224)) for target in settings.tv_target)
-        self.tv_target = low + (high - low) * torch.rand((), generator=self.random).item()
+        self.tv_target = (low + (high - low) * torch.rand((), generator=self.random)).to(device)
         self.rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([self.images], lr=self.rate, betas=settings.betas, fused=fused)
@@ -157,22 +164,16 @@ class Batch:
             if self.file.exists():
                 self.restore(load_state(self.file, self.identity))
 
-    def optimise(
-        self, outputs: list[Tensor], bar: tqdm, stop: Callable[[], int | None]
-    ) -> tuple[Tensor, list[list[float]]]:
+    def optimise(self, terms: LossTerms, bar: tqdm, stop: Callable[[], int | None]) -> tuple[Tensor, list[list[float]]]:
         """Do all steps that are left.
 
         Args:
-            outputs: the list to which `attention_outputs` appends.
             stop: tells whether a signal asks to stop after the present step.
 
         Returns:
             The images, on the CPU, and the terms of every step.
         """
         good, recent, total = self.snapshot(), [], self.settings.rounds * self.settings.steps
-        terms = loss_terms(self.model, outputs, self.labels, self.tv_target, self.settings.precision)
-        if self.settings.compile and not self.settings.checkpoint_activations and self.step < total:
-            terms = compiled(terms, self.images)
         while self.step < total:
             values = attempt(lambda: self.advance(terms))
             if values is None:
@@ -187,17 +188,19 @@ class Batch:
         self.keep(good, "finished")
         return self.images.detach().cpu(), self.losses
 
-    def advance(self, terms: Callable[[Tensor], Tensor]) -> Tensor:
-        """One step; returns the terms of its loss, (3,)."""
+    def advance(self, terms: LossTerms) -> Tensor:
+        """One step; returns the terms of its loss and the length of its gradient, (4,)."""
         turn, step = divmod(self.step, self.settings.steps)
         self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
-        values = terms(self.augment(round(self.settings.jitter * (turn + 1) * self.images.shape[2])))
+        images = self.augment(round(self.settings.jitter * (turn + 1) * self.images.shape[2]))
+        values = terms(images, self.labels, self.tv_target)
         (self.images.grad,) = torch.autograd.grad(values @ self.weights, self.images)
+        length = torch.linalg.vector_norm(self.images.grad)
         self.optimizer.step()
         with torch.no_grad():
             self.images.clamp_(*self.valid)
         self.step += 1
-        return values.detach()
+        return torch.cat([values.detach(), length[None]])
 
     def augment(self, reach: int) -> Tensor:
         """The images shifted cyclically, by the same random offset down and right, and flipped in half of all cases."""
@@ -207,7 +210,7 @@ class Batch:
 
     def read(self, recent: list[Tensor], bar: tqdm, good: dict[str, Tensor]) -> None:
         """Read the terms of the `recent` steps and show the last; stop at the first that is not finite."""
-        rows, names = torch.stack(recent).tolist(), ("L_PSE", "L_OH", "L_TV")
+        rows, names = torch.stack(recent).tolist(), ("L_PSE", "L_OH", "L_TV", "the gradient")
         for step, row in enumerate(rows, start=self.step - len(rows) + 1):
             for name, value in zip(names, row, strict=True):
                 if not math.isfinite(value):
@@ -215,10 +218,8 @@ class Batch:
                     where = f"{layer} is the first layer that is not" if layer else "all layers were finite before"
                     problem = f"{name} became {value} at step {step}; expected finite losses; {where}"
                     raise FloatingPointError(self.keep(good, problem))
-        if not self.images.isfinite().all():
-            raise FloatingPointError(self.keep(good, f"the gradient was not finite by step {self.step}"))
-        bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names, rows[-1], strict=True)})
-        self.losses += rows
+        bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names[:3], rows[-1], strict=False)})
+        self.losses += [row[:3] for row in rows]
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of everything that steps change."""
@@ -247,57 +248,39 @@ class Batch:
         save_state(self.file, {name: value.cpu() for name, value in snapshot.items()}, self.identity)
         return f"{why}; the state of step {len(snapshot['losses'])} is in {self.file.parent}: go on with --resume"
 
-    def what_fits(self, terms: Callable[[Tensor], Tensor]) -> str:
+    def try_out(self, terms: LossTerms, size: int | None = None) -> Tensor:
+        """The gradient for the first `size` images, which changes nothing: to see whether it can be had."""
+        images = self.images[:size].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(terms(images, self.labels[:size], self.tv_target).sum(), images)
+        return gradient
+
+    def what_fits(self, terms: LossTerms) -> str:
         """Say that the memory does not suffice, and for how many images it would."""
         size = len(self.labels) // 2
-        while size and not _fits(terms, self.images[:size]):
+        while size and attempt(partial(self.try_out, terms, size)) is None:
             size //= 2
         advice = [] if self.settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         advice += [f"{size} images at a time would fit"] if size else []
         return f"out of memory with {len(self.labels)} images: {', and '.join(advice) or 'not even one would fit'}"
 
 
-def loss_terms(
-    model: nn.Module, outputs: list[Tensor], labels: Tensor, tv_target: float, precision: str
-) -> Callable[[Tensor], Tensor]:
-    """The function from images (B, 3, H, W) to [L_PSE, L_OH, L_TV]: (3,) in float32.
+def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossTerms:
+    """The function from images (B, 3, H, W), labels (B,) and TV target (0-d) to [L_PSE, L_OH, L_TV]: (3,) in float32.
 
     Args:
         outputs: the list to which `attention_outputs` appends.
-        labels: (B,) or more, on the device.
     """
-    target = torch.tensor(tv_target, device=labels.device)  # another number would be compiled anew
 
-    def terms(images: Tensor) -> Tensor:
+    def terms(images: Tensor, labels: Tensor, tv_target: Tensor) -> Tensor:
         outputs.clear()
         with model_products(precision, images.device):
             logits = model(images)  # (B, classes)
         entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
         outputs.clear()
-        cross_entropy = F.cross_entropy(logits.float(), labels[: len(images)])
-        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - target).abs()])
+        cross_entropy = F.cross_entropy(logits.float(), labels)
+        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - tv_target).abs()])
 
     return terms
-
-
-def compiled(terms: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
-    """`terms` compiled, tried forward and backward; `terms` itself, and a line that says so, where that fails."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of there being no CUDA
-    fast = torch.compile(terms, fullgraph=True, dynamic=False)
-    try:
-        torch.autograd.grad(fast(images).sum(), images)
-    except Exception as error:  # no compiler, no Triton, a part that cannot be traced: of many types
-        if is_out_of_memory(error):
-            return terms  # which tells what would fit
-        note(f"torch.compile failed; going on without it ({str(error).strip().splitlines()[0]})")
-        return terms
-    return fast
-
-
-def _fits(terms: Callable[[Tensor], Tensor], images: Tensor) -> bool:
-    """Whether the memory suffices for a step with these images."""
-    images = images.detach().requires_grad_()
-    return attempt(lambda: torch.autograd.grad(terms(images).sum(), images)) is not None
 
 
 @contextmanager
@@ -322,11 +305,13 @@ def plot_losses(path: Path, model: nn.Module, images: Tensor, seed: int, losses:
 
 
 def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
-    """What the command line asks for. Compilation pays where kernels are launched from afar, on a GPU."""
+    """What the command line asks for, or else what is fast on the device: a CPU gains by neither on small models."""
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return GenerationSettings(
         steps=options.steps,
-        precision=options.precision,
-        compile=device.type == "cuda" if options.compile is None else options.compile,
+        precision=options.precision or ("bf16" if bf16 else "fp32"),
+        compile=cuda if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
 

@@ -11,17 +11,20 @@ import utils.environment  # isort: skip  # noqa: F401 - first: a broken installa
 import argparse
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from generate_data import draw_labels, generate_data, generation_settings
+from generate_data import GenerationSettings, draw_labels, generate_data, generation_settings
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
-from quant import activation_ranges, calibrate, quantize_model
+from quant import activation_ranges, calibrate, fuse_activations, quantize_model
+from quant.quantizers import fake_quantize_
 from utils.cache import CachedImages, check_cache
+from utils.compilation import compiled
 from utils.data import Images, Shard, check_dataset, draw_images, image_loader
 from utils.distributed import first_process_first, is_first, process_group
 from utils.errors import InputError, exit_cleanly
@@ -77,8 +80,9 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
     print(headline(options, device), flush=True)
 
     losses: list[list[float]] = []
+    settings = generation_settings(options, device)
     with timed(seconds, "images"):
-        tensors = calibration_images(model, images, options, losses, state)
+        tensors = calibration_images(model, images, options, settings, losses, state)
     with timed(seconds, "calibrate"), float32_products():
         calibrate(quantized, tensors["images"])
     if is_first():  # only now is there something
@@ -88,12 +92,15 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         write_json(folder / "ranges.json", activation_ranges(quantized))
         write_models(quantized, options.model, options, model)
     with timed(seconds, "evaluate"), float32_products():
+        if settings.compile:
+            fuse_rounding(quantized, device)
         if "val" in images:
             measured = measure({"float": model, "quantized": quantized}, images["val"], options)
         else:
             measured = compare(model, quantized, tensors["held_out"])
 
-    results = collect(options, device, seconds, quantized, measured, len(tensors["images"]))
+    precision = settings.precision if options.mode == 0 else None
+    results = collect(options, device, seconds, quantized, measured, len(tensors["images"]), precision)
     if is_first():
         write_json(folder / "results.json", results)
         print(report(results), f"results: {folder}", sep="\n")
@@ -120,6 +127,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     with first_process_first():
         images = open_images(dataset, model, options)["val"]
     with timed(seconds, "evaluate"), float32_products():
+        if generation_settings(options, device).compile:
+            fuse_rounding(model.to(device), device)
         measured = measure({"quantized": model.to(device)}, images, options)
     results = {
         "model": header["model"],
@@ -208,6 +217,7 @@ def calibration_images(
     model: nn.Module,
     images: dict[str, Images],
     options: argparse.Namespace,
+    settings: GenerationSettings,
     losses: list[list[float]],
     state: Path,
 ) -> dict[str, Tensor]:
@@ -216,7 +226,6 @@ def calibration_images(
     Where there is no data set, `held_out` are generated images of another seed, to compare the two models on.
     """
     count, seed = options.calib_batchsize, options.seed
-    settings = generation_settings(options, next(model.parameters()).device)
     if options.images:
         with first_process_first():
             tensors = load_images(options.images, model.patch_embed.img_size)
@@ -264,6 +273,21 @@ def write_models(
     for file in (options.save, options.export_onnx):
         if file:
             print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+@torch.inference_mode()
+def fuse_rounding(quantized: nn.Module, device: torch.device) -> None:
+    """Compile what activation quantizers compute into one pass, with the same results."""
+    x, scale, zero_point = (torch.ones(shape, device=device) for shape in (8, (), ()))
+    exact = {"eager_numerics.division_rounding": True}  # on a GPU division would be off by a bit
+
+    def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:
+        return fake_quantize_(x.clone(), scale, zero_point, grid)  # in place fails where more was compiled before
+
+    def trial(kernel: Callable) -> Tensor:
+        return kernel(x, scale, zero_point, (0, 255))
+
+    fuse_activations(quantized, compiled(rounded, trial, dynamic=True, options=exact))
 
 
 def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:

@@ -86,7 +86,7 @@ def weight_codes(layer: QuantizedWeight) -> Tensor:
 
 def activation_codes(act: QuantAct, x: Tensor) -> Tensor:
     """The integers that a calibrated quantizer rounds `x` to, uint8."""
-    return (act(x) / act.scale + act.zero_point).round().to(torch.uint8)
+    return (act(x.clone()) / act.scale + act.zero_point).round().to(torch.uint8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

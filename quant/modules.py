@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from quant.quantizers import FLOAT_BITS, asymmetric_scale, fake_quantize, quantize_weight, unsigned_grid
+from quant.quantizers import FLOAT_BITS, asymmetric_scale, fake_quantize_, quantize_weight, unsigned_grid
 
 
 class QuantAct(nn.Module):
@@ -17,7 +17,12 @@ class QuantAct(nn.Module):
 
     Passes values through until it is calibrated: `observe` widens the range by what it sees, `freeze` fixes scale and
     zero point. Uncalibrated means that `scale` is None. With 16 bits it stays float, and only records its range.
+
+    It overwrites what it is given, as nearly all of that is a layer's fresh output: a new tensor of this size would
+    cost more than the rounding. What is somebody else's, such as a parameter, is to be cloned first.
     """
+
+    kernel = staticmethod(fake_quantize_)  # or that compiled, see quant.fuse_activations
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -31,7 +36,8 @@ class QuantAct(nn.Module):
             self.observe(x)
         if self.scale is None:
             return x
-        return fake_quantize(x, self.scale, self.zero_point, unsigned_grid(self.bits))
+        flat = x.reshape(-1)  # so that one compiled kernel serves tensors of any rank
+        return self.kernel(flat, self.scale, self.zero_point, unsigned_grid(self.bits)).view(x.shape)
 
     def observe(self, x: Tensor) -> None:
         low, high = x.detach().float().aminmax()

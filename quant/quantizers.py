@@ -51,17 +51,17 @@ def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     return scale, (-torch.round(low / scale)).clamp(bottom, top)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: tuple[int, int]) -> Tensor:
-    """Round to the grid and back: the value that an integer kernel would stand for.
+def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: tuple[int, int]) -> Tensor:
+    """Round `x` to the grid and back, in place: the value that an integer kernel would stand for.
 
     The order matters where a value lies half-way: round(x / s + z), a true division in float32. torch.fake_quantize_*
     multiplies by 1 / s and adds z after rounding, which moves whole steps on each channel's largest weight.
     """
-    q = (x / scale).add_(zero_point).round_().clamp_(*grid)  # one new tensor, the rest in place
+    q = x.div_(scale).add_(zero_point).round_().clamp_(*grid)
     return q.sub_(zero_point).mul_(scale)
 
 
 def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric, per channel. Returns the dequantized weight, integer * scale, and the scale."""
     scale = symmetric_scale(weight, bits)
-    return fake_quantize(weight, scale, 0.0, signed_grid(bits)), scale
+    return fake_quantize_(weight.clone(), scale, 0.0, signed_grid(bits)), scale

@@ -28,7 +28,7 @@ class QuantWindowAttention(WindowAttention):
     split_heads = QuantAttention.split_heads
 
     def _get_rel_pos_bias(self) -> Tensor:
-        table = self.act_bias(self.relative_position_bias_table)  # a parameter, quantized as an activation
+        table = self.act_bias(self.relative_position_bias_table.clone())  # a parameter, quantized as an activation
         N = self.window_area
         return table[self.relative_position_index.view(-1)].view(N, N, -1).permute(2, 0, 1)  # (h, N, N)
 
@@ -51,5 +51,5 @@ class QuantSwinTransformer(SwinTransformer):
     activations = ("act_input", "act_pooled")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(self.act_input(x))
+        x = self.forward_features(self.act_input(x.clone()))
         return self.head.fc(self.act_pooled(self.head(x, pre_logits=True)))  # (B, classes)

@@ -60,7 +60,7 @@ class QuantVisionTransformer(VisionTransformer):
     activations = ("act_input", "act_tokens", "act_position", "act_embedding", "act_pooled")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(self.act_input(x)))
+        return self.forward_head(self.forward_features(self.act_input(x.clone())))
 
     def _prefix(self) -> list[Tensor]:
         """Tokens that stand before the patches: the class token, then registers."""
@@ -68,7 +68,7 @@ class QuantVisionTransformer(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix()]
-        position = self.act_position(self.pos_embed)  # a parameter, quantized as an activation
+        position = self.act_position(self.pos_embed.clone())  # a parameter, quantized as an activation
         if self.no_embed_class:  # DeiT-III and others: the prefix has no position
             return self.act_tokens(torch.cat([*prefix, self.act_embedding(x + position)], dim=1))
         return self.act_embedding(self.act_tokens(torch.cat([*prefix, x], dim=1)) + position)  # (B, N, D)

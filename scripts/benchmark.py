@@ -1,12 +1,14 @@
 """How fast generation and evaluation are, against their limit: the bare model, in the same run.
 
-    python scripts/benchmark.py --model deit_tiny swin_tiny --batch 8 [--compile] [--json FILE]
+    python scripts/benchmark.py --model deit_tiny swin_tiny --batch 8 --json FILE
+    python scripts/benchmark.py --model deit_base swin_small --batch 32 --precision bf16 --compile --steps 500  (a GPU)
 
 bare           one forward and one backward pass of the frozen timm model, to the image
 step           one whole step of image generation
 transcription  a step with the formulas as one would write them down first (tests/oracle.py), all gradients on
 peak memory    of each of the first two, in a process of its own: resident on a CPU, allocated on a GPU
-evaluation     images a second of the float and of the quantized model
+evaluation     images a second of the float and of the quantized model, in float32
+generation     with --steps: seconds for a batch from the first step to the last, compilation in it, and for one more
 
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription take turns, so that
 a slow minute of the machine is every one's.
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,15 +34,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
 
-from generate_data import Batch, GenerationSettings, compiled, draw_labels, frozen, loss_terms
+from generate_data import Batch, GenerationSettings, draw_labels, frozen, loss_terms
 from models import build_model
 from quant import calibrate, quantize_model
+from test_quant import fuse_rounding
 from utils.attention import attention_outputs
+from utils.compilation import compiled
 from utils.environment import device_name, versions
 from utils.errors import exit_cleanly
+from utils.evaluate import CPU_BATCH
 from utils.files import check_writable, write_json
 from utils.options import Parser, pick_device, positive
 from utils.precision import PRECISIONS, float32_products, model_products
+from utils.progress import progress_bar
 
 
 def main() -> None:
@@ -47,12 +54,18 @@ def main() -> None:
     add = parser.add_argument
     add("--model", nargs="+", default=["deit_tiny", "swin_tiny"], metavar="NAME", help="(deit_tiny swin_tiny)")
     add("--batch", type=positive, default=8, metavar="B", help="images a step (8)")
-    add("--eval-batch", type=positive, default=50, metavar="B", help="images a batch in evaluation (50)")
+    add(
+        "--eval-batch",
+        type=positive,
+        metavar="B",
+        help=f"images a batch in evaluation ({CPU_BATCH}; GPU: 200)",
+    )
     add("--device", metavar="NAME", help="cuda, cpu (cuda if there is one, else cpu)")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the models' products in a step (fp32)")
-    add("--compile", action="store_true", help="compile bare model, step and both models of the evaluation (eager)")
+    add("--compile", action="store_true", help="compile bare model, step, and rounding in evaluation (eager)")
     add("--rounds", type=positive, default=11, metavar="N", help="timings of each, after two to warm up (11)")
     add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
+    add("--steps", type=positive, metavar="N", help="time the generation of two batches, 2 x N steps each (do not)")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--peak", choices=["bare", "step"], help=argparse.SUPPRESS)  # measure the memory of one, in this process
     options = parser.parse_args()
@@ -64,7 +77,7 @@ def main() -> None:
         return
     rows = [benchmark(name, options, device) for name in options.model]
     columns = ("bare_ms", "step_ms", "transcription_ms", "step_over_bare", "speedup", "bare_peak_mb", "peak_mb")
-    columns += ("float_images_per_s", "quant_images_per_s")
+    columns += ("float_images_per_s", "quant_images_per_s", "generation_cold_s", "generation_warm_s")
     print(device_name(device), json.dumps(versions()))
     for row in rows:
         print(f"{row['model']}, batch {row['batch']}, {row['precision']}, {row['mode']}")
@@ -83,6 +96,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
     bare, step, transcription = seconds["bare"], seconds["step"], seconds.get("transcription")
     peaks = {kind: peak_in_process(kind, name, options) for kind in ("bare", "step")}
     throughput = evaluation(name, options, device)
+    cold, warm = generation(name, options, device) if options.steps else (None, None)
     return {
         "model": name,
         "device": device_name(device),
@@ -98,6 +112,9 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         "bare_peak_mb": peaks["bare"],
         "float_images_per_s": throughput["float"],
         "quant_images_per_s": throughput["quantized"],
+        "steps": options.steps and 2 * options.steps,
+        "generation_cold_s": cold,
+        "generation_warm_s": warm,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -109,19 +126,22 @@ def step_of(
     """The function that does one step of a kind, bare, step or transcription, as long as `contexts` are open."""
     torch.manual_seed(0)
     model = build_model(name, pretrained=False).to(device)
-    settings = GenerationSettings(precision=options.precision, compile=options.compile)
-    labels = draw_labels(options.batch, model.num_classes)
-    batch = Batch(model, labels, 0, 0, settings, None)
+    batch = new_batch(model, options)
     if kind == "transcription":
         return lambda: transcribed_step(model, batch)
     contexts.enter_context(frozen(model))
     if kind == "bare":
         return bare_step(model, batch, options)
-    outputs = contexts.enter_context(attention_outputs(model))
-    terms = loss_terms(model, outputs, batch.labels, batch.tv_target, options.precision)
+    terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
     if options.compile:
-        terms = compiled(terms, batch.images)
+        terms = compiled(terms, batch.try_out, dynamic=False)
     return lambda: batch.advance(terms)
+
+
+def new_batch(model: nn.Module, options: argparse.Namespace) -> Batch:
+    """Noise, as generation begins with it."""
+    settings = GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
+    return Batch(model, draw_labels(options.batch, model.num_classes), 0, 0, settings, None)
 
 
 def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
@@ -167,13 +187,33 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     """Images a second of the float and the quantized model (W8/A8), in float32."""
     torch.manual_seed(0)
     models = {"float": build_model(name, pretrained=False).to(device)}
-    images = torch.randn(options.eval_batch, 3, *models["float"].patch_embed.img_size, device=device)
+    size = options.eval_batch or (CPU_BATCH if device.type == "cpu" else 200)
+    images = torch.randn(size, 3, *models["float"].patch_embed.img_size, device=device)
     models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
-    runs = {kind: torch.compile(model) if options.compile else model for kind, model in models.items()}
+    if options.compile:
+        fuse_rounding(models["quantized"], device)
     with torch.inference_mode(), float32_products():
-        passes = {kind: lambda run=run: run(images) for kind, run in runs.items()}
+        passes = {kind: partial(model, images) for kind, model in models.items()}
         seconds = take_turns(passes, options.rounds, device)
-    return {kind: options.eval_batch / value for kind, value in seconds.items()}
+    return {kind: size / value for kind, value in seconds.items()}
+
+
+def generation(name: str, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """Seconds for all steps of a batch, what is compiled included, and of a second one."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, seconds = build_model(name, pretrained=False).to(device), []
+    with frozen(model), attention_outputs(model) as outputs, float32_products(tf32=options.precision == "tf32"):
+        terms = loss_terms(model, outputs, options.precision)
+        for number in range(2):
+            start = time.perf_counter()
+            batch = new_batch(model, options)
+            if options.compile and not number:
+                terms = compiled(terms, batch.try_out, dynamic=False)
+            with progress_bar(total=2 * options.steps, desc="generating", unit="step") as bar:
+                batch.optimise(terms, bar, lambda: None)
+            seconds.append(time.perf_counter() - start)
+    return tuple(seconds)
 
 
 def peak_in_process(kind: str, name: str, options: argparse.Namespace) -> float:

@@ -18,8 +18,9 @@ from utils.errors import InputError, exit_cleanly
 
 KEY = ("model", "w_bit", "a_bit", "mode", "seed")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")
+ORIGIN = ("precision", "calibration_images", "device", "commit", "date")
 STAGES = ("build", "images", "calibrate", "evaluate")
-COLUMNS = (*KEY, *VALUES, *(f"{stage}_s" for stage in STAGES), "steps", "calibration_images")
+COLUMNS = (*KEY, *VALUES, *(f"{stage}_s" for stage in STAGES), "steps", "precision", "calibration_images")
 COLUMNS = (*COLUMNS, "device", "torch", "timm", "commit", "date", "error")
 
 
@@ -60,7 +61,7 @@ def append_row(path: Path, row: dict) -> None:
 
 def row_of(results: dict) -> dict:
     """The row of a run's results.json."""
-    row = {name: results[name] for name in (*KEY, *VALUES, "calibration_images", "device", "commit", "date")}
+    row = {name: results[name] for name in (*KEY, *VALUES, *ORIGIN)}
     row |= {f"{stage}_s": round(results["seconds"][stage], 2) for stage in STAGES}
     row |= {name: results["versions"][name] for name in ("torch", "timm")}
     return row | {"steps": results["options"]["steps"]}

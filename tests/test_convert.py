@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import timm
@@ -16,7 +17,8 @@ from quant import (
     quantize_model,
     quantizer_bits,
 )
-from quant.modules import QuantizedWeight
+from quant.modules import QuantizedWeight, named_activations
+from test_quant import fuse_rounding
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 
@@ -45,6 +47,36 @@ def test_ranges_equal_golden(golden, name):
     ranges = activation_ranges(calibrate(quantize_model(model), data["calib"]))
     ours, theirs = sorted(ranges.values()), sorted(map(tuple, data["act_ranges"].values()))
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_quantized_model_overwrites_neither_images_nor_parameters(model):
+    images = torch.randn(3, 3, 32, 32)
+    calibrate(quantize_model(model), images)
+    before = [tensor.clone() for tensor in (images, *model.state_dict().values())]
+    logits = model(images)
+    after = [images, *model.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(model(images), logits)
+
+
+def test_a_quantized_model_still_has_a_gradient(model):
+    """Rounding has none, but what is quantized in place must not hide what autograd has kept."""
+    images = torch.randn(3, 3, 32, 32)
+    calibrate(quantize_model(model), images)
+    model(images).sum().backward()
+    assert model.head.bias.grad.isfinite().all() if hasattr(model.head, "bias") else model.head.fc.bias.grad is not None
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@torch.inference_mode()
+def test_fused_rounding_gives_the_same_bits(model):
+    images = torch.randn(5, 3, 32, 32)
+    calibrate(quantize_model(model, 4, 6), images)
+    expected = model(images)
+    fuse_rounding(model, images.device)
+    assert all(hasattr(act.kernel, "_torchdynamo_orig_callable") for _, act in named_activations(model))
+    assert torch.equal(model(images), expected)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from quant import calibrate, quantize_model
 from quant.convert import assign_bits, quantizer_bits
 from quant.integers import activation_codes, integer_state, load_integer_state, pack, unpack, weight_codes
 from quant.modules import QuantAct, QuantLinear
-from quant.quantizers import fake_quantize, signed_grid, symmetric_scale, unsigned_grid
+from quant.quantizers import fake_quantize_, signed_grid, symmetric_scale, unsigned_grid
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -37,7 +37,7 @@ def test_codes_of_an_activation_stand_for_its_rounded_values(bits):
     act.freeze()
     codes = activation_codes(act, x)
     assert codes.dtype == torch.uint8 and codes.unique().tolist() == list(range(2**bits))
-    expected = fake_quantize(x, act.scale, act.zero_point, unsigned_grid(bits))
+    expected = fake_quantize_(x.clone(), act.scale, act.zero_point, unsigned_grid(bits))
     assert torch.equal((codes.float() - act.zero_point) * act.scale, expected)
 
 

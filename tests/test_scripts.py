@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -132,3 +133,15 @@ def test_sensitivity_measures_every_group_alone(vit, by):
         assert 0 < len(measured) < len(names)
     if by == "block":
         assert {"blocks.0.*", "blocks.1.*"} < {row["pattern"] for row in measured}
+
+
+def test_benchmark_writes_what_it_prints(tmp_path):
+    line = ["--model", "demo_vit", "--batch", "2", "--rounds", "1", "--eval-batch", "2", "--steps", "1"]
+    command = [sys.executable, "scripts/benchmark.py", *line, "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    expected = {"model", "device", "batch", "bare_ms", "step_ms", "transcription_ms", "step_over_bare", "speedup"}
+    expected |= {"peak_mb", "bare_peak_mb", "float_images_per_s", "quant_images_per_s", "threads", "versions"}
+    assert expected <= row.keys() and all(row[key] for key in expected)
+    assert f"{row['step_ms']:.2f}" in done.stdout and row["generation_warm_s"] > 0

@@ -1,7 +1,8 @@
 """Accuracy of a float and a quantized model on the same images, in one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from utils.distributed import gather
 from utils.errors import InputError
 from utils.memory import attempt, is_out_of_memory
 from utils.progress import note, progress_bar
+
+T = TypeVar("T")
+CPU_BATCH = 32  # images a forward pass on a CPU: more are slower, as what lies between two layers leaves its caches
 
 
 @torch.inference_mode()
@@ -41,20 +45,26 @@ def evaluate(
         model.eval()
     device = next(next(iter(models.values())).parameters()).device
     correct = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
-    count, unreadable, size = 0, [], images.batch_size
+    count, unreadable, size = 0, [], images.batch_size if device.type != "cpu" else min(images.batch_size, CPU_BATCH)
+
+    def count_hits(batch: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return {name: count_correct(model(batch), labels) for name, model in models.items()}
+
     with progress_bar(_batches(images), total=len(images), desc="evaluating", unit="batch") as bar:
         for step, (batch, labels, indices) in enumerate(bar, start=1):
             readable = labels != UNREADABLE
             if not readable.all():
                 unreadable += [images.dataset.files[index] for index in indices[~readable].tolist()]
                 batch, labels = batch[readable], labels[readable]
-            hits, enough = count_in_parts(models, batch, labels, size)
+            parts, enough = in_parts(count_hits, size, batch, labels)
             if enough < size:
                 note(f"out of memory with {size} images a batch; going on with {enough}")
             size = enough
             count += len(labels)
-            for name in models:
-                correct[name] += hits[name]
+            for hits in parts:
+                for name in models:
+                    correct[name] += hits[name]
             if step % report_every == 0 and count:
                 bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})
     shards = gather((count, unreadable, {name: hits.cpu() for name, hits in correct.items()}))
@@ -69,26 +79,21 @@ def evaluate(
     return results
 
 
-def count_in_parts(
-    models: dict[str, nn.Module], batch: Tensor, labels: Tensor, size: int
-) -> tuple[dict[str, Tensor | int], int]:
-    """Count every model's hits on a batch, `size` images at a time, or fewer where the memory does not suffice.
-
-    Args:
-        batch, labels: (B, 3, H, W) and (B,), on any device.
+def in_parts(function: Callable[..., T], size: int, *tensors: Tensor) -> tuple[list[T], int]:
+    """What `function` returns for `size` rows of the tensors at a time, or for fewer where the memory does not suffice.
 
     Returns:
-        As `count_correct`, by model, and the size that sufficed.
+        The results, in order, and the size that sufficed.
     """
-    correct: dict[str, Tensor | int] = dict.fromkeys(models, 0)
-    while len(labels):
-        hits = attempt(partial(_count, models, batch[:size], labels[:size]))
-        if hits is None:
-            size = _half(min(size, len(labels)))
+    results, done = [], 0
+    while done < len(tensors[0]):
+        result = attempt(partial(function, *(tensor[done : done + size] for tensor in tensors)))
+        if result is None:
+            size = _half(min(size, len(tensors[0]) - done))
             continue
-        correct = {name: correct[name] + hits[name] for name in models}
-        batch, labels = batch[size:], labels[size:]
-    return correct, size
+        results.append(result)
+        done += size
+    return results, size
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -105,23 +110,20 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     Returns:
         agreement: percent of images with the same first prediction; logit_error: RMS of the difference over the RMS
         of the float logits' deviation from their mean.
+
+    Raises:
+        RuntimeError: `quantized` is not calibrated.
+        InputError: there is not the memory for one image.
     """
     check_calibrated(quantized)
     device = next(float_model.parameters()).device
-    reference, logits = (
-        torch.cat([model.eval()(batch.to(device)) for batch in images.split(32)]) for model in (float_model, quantized)
-    )
+    models = [float_model.eval(), quantized.eval()]
+    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], 32, images)
+    reference, logits = map(torch.cat, zip(*parts, strict=True))
     agreement = (reference.argmax(1) == logits.argmax(1)).float().mean() * 100
     spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
-
-
-def _count(models: dict[str, nn.Module], batch: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Every model's hits on a batch, (2,) each."""
-    device = next(next(iter(models.values())).parameters()).device
-    batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    return {name: count_correct(model(batch), labels) for name, model in models.items()}
 
 
 def _batches(images: DataLoader) -> Iterator[list[Tensor]]:

@@ -57,13 +57,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
-        help="of the model's matrix products in generation; losses, and all of evaluation, are fp32 (fp32)",
+        help="of the model's products in generation; losses, and all of evaluation, are fp32 (bf16 on cuda, else fp32)",
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="generate with torch.compile: a minute first, then faster steps (on cuda; not on a cpu)",
+        help="generate, and round activations, with torch.compile: a minute first, then faster (on cuda; not on a cpu)",
     )
     parser.add_argument(
         "--checkpoint-activations",

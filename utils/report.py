@@ -26,8 +26,9 @@ def collect(
     quantized: nn.Module,
     measured: dict,
     calibration_images: int,
+    precision: str | None,
 ) -> dict:
-    """What results.json holds; accuracies are None where they were not measured."""
+    """What results.json holds; accuracies are None where they were not measured, `precision` if none was generated."""
     skipped = [name for name, bits in quantizer_bits(quantized).items() if bits == FLOAT_BITS]
     return {
         "model": options.model,
@@ -46,6 +47,7 @@ def collect(
         "skipped": skipped if options.skip_layers else [],
         "unreadable": measured.get("unreadable", []),
         "calibration_images": calibration_images,
+        "precision": precision,
     } | provenance(options, device, seconds)
 
 
