@@ -2,6 +2,7 @@
 # Run test_quant.py over models, seeds, modes and bit widths, and keep one row a run.
 #
 #   scripts/sweep.sh demo                          the README's demo table: no data set, no GPU
+#   scripts/sweep.sh precision                     the same with bfloat16 products in generation
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table
 #
 # Rows that are there are skipped, so an interrupted sweep goes on where it stopped; a run that fails is a row with
@@ -18,6 +19,14 @@ demo)
     BITS=${BITS:-8/8 4/8 6/6 4/4}
     SEEDS=${SEEDS:-0 1 2}
     ;;
+precision)
+    MODELS=${MODELS:-demo_vit demo_swin}
+    BITS=${BITS:-8/8 4/8}
+    MODES=${MODES:-0}
+    SEEDS=${SEEDS:-0 1 2}
+    RUNS=${RUNS:-runs/sweep-bf16} # its images are others
+    OPTIONS="--precision bf16 ${OPTIONS:-}"
+    ;;
 paper)
     MODELS=${MODELS:-deit_tiny deit_small deit_base swin_tiny swin_small}
     BITS=${BITS:-4/8 8/8}
@@ -25,7 +34,7 @@ paper)
     : "${DATASET:?expected DATASET=/path/to/imagenet}"
     ;;
 *)
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

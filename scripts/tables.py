@@ -42,6 +42,19 @@ def demo_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", provenance(rows)])
 
 
+def precision_table(rows: list[dict[str, str]]) -> str:
+    """Images generated with float32 products, as in the demo table, and with bfloat16's."""
+    lines = ["| model | bits | fp32 | bf16 | bf16 - fp32 |", "|---|---|---|---|---|"]
+    float32 = read_rows(RESULTS / "demo.csv")
+    for model in ("demo_vit", "demo_swin"):
+        for bits in (("8", "8"), ("4", "8")):
+            kinds = [values(some, model, *bits, MODES["generated"]) for some in (float32, rows)]
+            difference = f"{statistics.mean(kinds[1]) - statistics.mean(kinds[0]):+.2f}" if all(kinds) else "-"
+            cells = [cell(some, model, *bits, MODES["generated"]) for some in (float32, rows)]
+            lines.append(f"| {model} | W{bits[0]}/A{bits[1]} | {' | '.join(cells)} | {difference} |")
+    return "\n".join([*lines, "", provenance(rows)])
+
+
 def paper_table(rows: list[dict[str, str]]) -> str:
     """The paper's table: published, re-run by others, and ours."""
     lines = [
@@ -96,7 +109,7 @@ def provenance(rows: list[dict[str, str]]) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo_table), ("paper", paper_table)):
+    for name, table in (("demo", demo_table), ("precision", precision_table), ("paper", paper_table)):
         begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"
         before, rest = text.split(begin)
         text = before + begin + table(read_rows(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
