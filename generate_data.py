@@ -273,12 +273,13 @@ def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossT
 
     def terms(images: Tensor, labels: Tensor, tv_target: Tensor) -> Tensor:
         outputs.clear()
+        variation = total_variation(images)  # first: its backward pass is then the last, when activations are gone
         with model_products(precision, images.device):
             logits = model(images)  # (B, classes)
         entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
         outputs.clear()
         cross_entropy = F.cross_entropy(logits.float(), labels)
-        return torch.stack([-sum(entropies), cross_entropy, (total_variation(images) - tv_target).abs()])
+        return torch.stack([-sum(entropies), cross_entropy, (variation - tv_target).abs()])
 
     return terms
 

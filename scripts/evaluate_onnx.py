@@ -8,13 +8,15 @@ only latencies are measured; for these --random NAME exports a model with random
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,14 +54,40 @@ FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Mat
 
 
 def open_session(path: Path, threads: int, optimized: Path | None = None) -> "InferenceSession":
-    """A session on the CPU; the graph as ONNX Runtime optimised it is written to `optimized`."""
+    """A session on the CPU; the graph as ONNX Runtime optimised it is written to `optimized`.
+
+    Its threads stay on a core each, where the system tells the cores: left to itself, now and then it runs all of a
+    session's threads on one, and the latency doubles.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    others = own_cores()[1:threads]  # the first is for the thread that calls
+    if threads > 1 and len(others) == threads - 1:
+        affinities = ";".join(str(core + 1) for core in others)  # it counts from 1
+        options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     if optimized:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def own_cores() -> list[int]:
+    """The cores that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@contextmanager
+def on_first_core() -> Iterator[None]:
+    """Within the context the calling thread stays on the first of its cores."""
+    cores = own_cores()
+    if cores:
+        os.sched_setaffinity(0, cores[:1])
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
 def count_products(graph: "GraphProto") -> dict[str, dict[str, int]]:
@@ -80,6 +108,7 @@ def count_products(graph: "GraphProto") -> dict[str, dict[str, int]]:
     return {"integer": dict(integer), "float": dict(floats)}
 
 
+@on_first_core()
 def measure_latency(sessions: dict[str, "InferenceSession"], batch_size: int) -> dict[str, float]:
     """Milliseconds a batch: the median of a turn, of the best turn.
 

@@ -130,6 +130,13 @@ def test_out_of_memory_halves_the_batch_and_counts_each_image_once(capsys, vit, 
     assert lines == [f"out of memory with 10 images a batch; going on with {most}"]
 
 
+def test_out_of_memory_in_comparison_goes_on_with_smaller_batches(vit):
+    images = torch.randn(11, 3, 32, 32)
+    hungry = Hungry(3, cuda)
+    assert compare(hungry, hungry, images) == {"agreement": 100.0, "logit_error": 0.0}
+    assert sorted(hungry.seen) == sorted(2 * images[:, 0, 0, 0].tolist())
+
+
 def test_out_of_memory_with_one_image_ends(vit):
     with pytest.raises(InputError, match="out of memory with one image a batch"):
         evaluate({"hungry": Hungry(0, cuda)}, DataLoader(Fixed([0] * 4), 3))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quant import quantize_model, quantizer_bits
-from scripts import rows, sensitivity, tables
+from scripts import file_sizes, rows, sensitivity, tables
 from utils.errors import InputError
 
 ROOT = Path(tables.__file__).resolve().parent.parent
@@ -145,3 +145,8 @@ def test_benchmark_writes_what_it_prints(tmp_path):
     expected |= {"peak_mb", "bare_peak_mb", "float_images_per_s", "quant_images_per_s", "threads", "versions"}
     assert expected <= row.keys() and all(row[key] for key in expected)
     assert f"{row['step_ms']:.2f}" in done.stdout and row["generation_warm_s"] > 0
+
+
+@pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])
+def test_files_of_integers_are_a_fraction_of_the_float_size(w_bit, limit):
+    assert 0 < file_sizes.size_ratio("deit_tiny", w_bit) <= limit
