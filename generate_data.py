@@ -113,11 +113,12 @@ def generate_data(
         progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar,
     ):
         terms = loss_terms(model, outputs, settings.precision)
+        compile = settings.compile and not settings.checkpoint_activations
         for index, labels in mine:
             batch = Batch(model, labels, seed, index, settings, state)
             bar.update(batch.step)
-            if index == rank() and settings.compile and not settings.checkpoint_activations:
-                terms = compiled(terms, batch.try_out, dynamic=False)
+            if compile and batch.step < settings.rounds * settings.steps:  # once, and not for batches that are finished
+                terms, compile = compiled(terms, batch.try_out, dynamic=False), False
             finished[index] = batch.optimise(terms, bar, stop)
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:

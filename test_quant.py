@@ -93,7 +93,7 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         write_models(quantized, options.model, options, model)
     with timed(seconds, "evaluate"), float32_products():
         if settings.compile:
-            fuse_rounding(quantized, device)
+            fuse_rounding(quantized)
         if "val" in images:
             measured = measure({"float": model, "quantized": quantized}, images["val"], options)
         else:
@@ -126,10 +126,11 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
         return header
     with first_process_first():
         images = open_images(dataset, model, options)["val"]
+    model.to(device)
     with timed(seconds, "evaluate"), float32_products():
         if generation_settings(options, device).compile:
-            fuse_rounding(model.to(device), device)
-        measured = measure({"quantized": model.to(device)}, images, options)
+            fuse_rounding(model)
+        measured = measure({"quantized": model}, images, options)
     results = {
         "model": header["model"],
         "tag": header["tag"],
@@ -276,8 +277,9 @@ def write_models(
 
 
 @torch.inference_mode()
-def fuse_rounding(quantized: nn.Module, device: torch.device) -> None:
+def fuse_rounding(quantized: nn.Module) -> None:
     """Compile what activation quantizers compute into one pass, with the same results."""
+    device = next(quantized.parameters()).device
     x, scale, zero_point = (torch.ones(shape, device=device) for shape in (8, (), ()))
     exact = {"eager_numerics.division_rounding": True}  # on a GPU division would be off by a bit
 

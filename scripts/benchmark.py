@@ -191,7 +191,7 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     images = torch.randn(size, 3, *models["float"].patch_embed.img_size, device=device)
     models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
     if options.compile:
-        fuse_rounding(models["quantized"], device)
+        fuse_rounding(models["quantized"])
     with torch.inference_mode(), float32_products():
         passes = {kind: partial(model, images) for kind, model in models.items()}
         seconds = take_turns(passes, options.rounds, device)

@@ -37,7 +37,7 @@ from utils.errors import InputError, exit_cleanly
 from utils.evaluate import count_correct
 from utils.files import check_writable, write_json
 from utils.fractals import write_demo_data
-from utils.options import Parser, available_cores, positive
+from utils.options import Parser, available_cores, own_cores, positive
 from utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ def open_session(path: Path, threads: int, optimized: Path | None = None) -> "In
     if optimized:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def own_cores() -> list[int]:
-    """The cores that this process may use; none where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 @contextmanager

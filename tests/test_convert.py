@@ -74,7 +74,7 @@ def test_fused_rounding_gives_the_same_bits(model):
     images = torch.randn(5, 3, 32, 32)
     calibrate(quantize_model(model, 4, 6), images)
     expected = model(images)
-    fuse_rounding(model, images.device)
+    fuse_rounding(model)
     assert all(hasattr(act.kernel, "_torchdynamo_orig_callable") for _, act in named_activations(model))
     assert torch.equal(model(images), expected)
 

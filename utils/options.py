@@ -87,9 +87,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def own_cores() -> list[int]:
+    """The numbers of the cores that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use."""
+    return len(own_cores()) or os.cpu_count() or 1
 
 
 def positive(text: str) -> int:
