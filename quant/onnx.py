@@ -73,41 +73,41 @@ class OnnxAct(QuantAct):
 
 
 class OnnxWeight(QuantizedWeight):
-    """Mixin: the weight is a parameter of integers, dequantized along its output channels."""
-
-    axis = 0  # of the output channels
+    """Mixin: the weight is a parameter of integers, (in, out): ONNX Runtime takes it for an integer product only so."""
 
     def prepare(self) -> None:
+        weight = self.weight.detach()
         if self.weight_scale is not None:
-            self.weight = nn.Parameter(weight_codes(self), requires_grad=False)
-            self.weight_scale = self.weight_scale.flatten()
-            self.weight_zero_point = torch.zeros(len(self.weight_scale), dtype=torch.int8)
+            weight, self.weight_scale = weight_codes(self), self.weight_scale.flatten()
+            self.weight_zero_point = torch.zeros(len(weight), dtype=torch.int8)
+        self.weight = nn.Parameter(weight.flatten(1).T.contiguous(), requires_grad=False)
 
-    def float_weight(self) -> Tensor:
-        if self.weight_scale is None:
-            return self.weight
-        return dequantize(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
-
-
-class OnnxConv2d(OnnxWeight, QuantConv2d):
-    """Modifications: the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act_output(self._conv_forward(x, self.float_weight(), self.bias))
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        weight = self.weight
+        if self.weight_scale is not None:
+            weight = dequantize(weight, self.weight_scale, self.weight_zero_point, 1)
+        y = x @ weight
+        return self.act_output(y if self.bias is None else y + self.bias)
 
 
 class OnnxLinear(OnnxWeight, QuantLinear):
-    """Modifications: the weight is transposed, (in, out): ONNX Runtime takes it for an integer product only so."""
-
-    axis = 1
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.weight = nn.Parameter(self.weight.detach().T.contiguous(), requires_grad=False)
+    """Modifications: the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.float_weight()
-        return self.act_output(y if self.bias is None else y + self.bias)
+        return self.product(x)
+
+
+class OnnxConv2d(OnnxWeight, QuantConv2d):
+    """Modifications: a product of each patch, as kernel and stride are one. A runtime rounds a convolution's bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        height, width = self.kernel_size
+        rows, columns = H // height, W // width
+        patches = x.view(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        y = self.product(patches.reshape(B, rows * columns, -1))
+        return y.transpose(1, 2).view(B, -1, rows, columns)
 
 
 class OnnxHeads:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (1, 8)
 SECONDS = 15.0  # of measuring, for each batch size
-TURN = 0.5  # seconds that one model runs before it is the other's turn
+TURN = 0.5  # seconds of a model in a round, before it is the other's turn
 # ONNX Runtime's operators for products, after its optimisation
 INTEGER = {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"}
@@ -105,23 +105,25 @@ def count_products(graph: "GraphProto") -> dict[str, dict[str, int]]:
 
 @on_first_core()
 def measure_latency(sessions: dict[str, "InferenceSession"], batch_size: int) -> dict[str, float]:
-    """Milliseconds a batch: the median of a turn, of the best turn.
+    """Milliseconds a batch in the best round: a round is a turn of each model, a turn's time the median of its runs.
 
-    The models take turns, so that all meet the same machine, and the best turn is the one that was disturbed least.
+    The round that was disturbed least is taken whole, as a machine may change its pace for seconds: a virtual one
+    doubles the times of two threads when both of its processors are put on one core.
     """
     shape = next(iter(sessions.values())).get_inputs()[0].shape[1:]
     feed = {INPUT: torch.randn(batch_size, *shape).numpy()}
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    rounds: list[dict[str, float]] = []
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
+        rounds.append({})
         for name, session in sessions.items():
             session.run(None, feed)  # not counted: the other's threads may still be spinning
             turn, stop = [], time.perf_counter() + TURN
             while (start := time.perf_counter()) < stop:
                 session.run(None, feed)
                 turn.append(1000 * (time.perf_counter() - start))
-            times[name].append(statistics.median(turn))
-    return {name: min(values) for name, values in times.items()}
+            rounds[-1][name] = statistics.median(turn)
+    return min(rounds, key=lambda times: sum(times.values()))
 
 
 @torch.inference_mode()

@@ -80,9 +80,9 @@ def test_products_run_in_integers(model, tmp_path):
     blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
     run(to_onnx(quantized(model)), IMAGES[:1], tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert operators.count("MatMulIntegerToFloat") == 4 * blocks  # qkv, proj, fc1, fc2
+    assert operators.count("MatMulIntegerToFloat") == 4 * blocks + 1  # qkv, proj, fc1, fc2; patches
     assert operators.count("QLinearMatMul") >= blocks  # the scores
-    assert operators.count("QLinearConv") == 1
+    assert not any("Conv" in operator for operator in operators)  # its bias would be rounded
     assert operators.count("MatMul") == blocks  # softmax's output times the values
 
 
