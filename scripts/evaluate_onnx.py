@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (1, 8)
 SECONDS = 15.0  # of measuring, for each batch size
-TURN = 0.5  # seconds of a model in a round, before it is the other's turn
+TURN = 0.2  # seconds of a model in a round, before it is the other's turn
 # ONNX Runtime's operators for products, after its optimisation
 INTEGER = {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"}
