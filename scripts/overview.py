@@ -73,7 +73,7 @@ def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tens
     row[0].imshow(pixels, interpolation="nearest")
     row[0].set_ylabel(kind, fontsize=11, fontweight="bold", labelpad=8)
 
-    (tokens,) = patch_tokens(features_of(model, image[None], block))  # (N-1, d)
+    (tokens,), _ = patch_tokens(features_of(model, image[None], block))  # (N-1, d)
     picture = row[1].imshow(tokens @ tokens.T, cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
     plt.colorbar(picture, ax=row[1], fraction=0.046, pad=0.04, ticks=[-1, 0, 1]).outline.set_visible(False)
     for axis in row[:2]:
@@ -81,7 +81,7 @@ def draw_row(row: list, model: nn.Module, kind: str, image: Tensor, images: Tens
 
     features = features_of(model, images, block)
     points = torch.linspace(-1, 1, 500)
-    similarity = patch_similarity(patch_tokens(features), len(images))
+    similarity = patch_similarity(patch_tokens(features)[0], len(images))
     density = gaussian_kernel(*similarity, points).sum(dim=2).mean(dim=0)
     row[2].fill_between(points, density, color=ACCENT, alpha=0.15, linewidth=0)
     row[2].plot(points, density, color=ACCENT, linewidth=1.6)

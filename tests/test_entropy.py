@@ -35,14 +35,14 @@ def test_entropy_and_gradient_equal_oracle(shape, windows):
 def test_similarities_are_cosines_of_all_pairs_but_token_zero():
     features = torch.randn(2, 3, 5, 7)
     tokens = features.mean(1)[:, 1:]
-    similarity, count = patch_similarity(patch_tokens(features), num_images=2)
+    similarity, count = patch_similarity(patch_tokens(features)[0], num_images=2)
     expected = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=3)  # (2, 4, 4)
     ordered = [[value for value, n in zip(row, count, strict=True) for _ in range(int(n))] for row in similarity]
     torch.testing.assert_close(torch.tensor(ordered).sort().values, expected.flatten(1).sort().values)
 
 
 def test_windows_of_an_image_are_pooled():
-    tokens = patch_tokens(torch.randn(6, 2, 5, 7))
+    tokens, _ = patch_tokens(torch.randn(6, 2, 5, 7))
     separate, count = patch_similarity(tokens, num_images=6)
     pooled, counts = patch_similarity(tokens, num_images=2)
     assert torch.equal(pooled, separate.reshape(2, -1)) and torch.equal(counts, count.repeat(3))
@@ -51,7 +51,7 @@ def test_windows_of_an_image_are_pooled():
 def test_nearly_equal_tokens_are_summed_as_in_cosine_similarity():
     """Roundings included: a matrix product sums in another order."""
     features = torch.ones(1, 1, 40, 64) + 1e-3 * torch.randn(1, 1, 40, 64)
-    tokens = patch_tokens(features)
+    tokens, _ = patch_tokens(features)
     row, column = torch.triu_indices(39, 39)
     expected = (tokens[:, row] * tokens[:, column]).sum(2)
     assert torch.equal(patch_similarity(tokens, num_images=1)[0], expected)
@@ -69,7 +69,7 @@ def test_equal_patches_have_finite_entropy_and_gradient(features):
 def test_half_precision_features_are_compared_in_float32():
     features = torch.randn(2, 2, 9, 8)
     half = features.bfloat16()
-    assert patch_tokens(half).dtype == torch.float32
+    assert patch_tokens(half)[0].dtype == torch.float32
     torch.testing.assert_close(patch_similarity_entropy(half, 2), patch_similarity_entropy(half.float(), 2))
 
 

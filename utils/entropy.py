@@ -4,6 +4,7 @@ B images, W windows an image (1 in a ViT), h heads, N tokens, d head width, M pa
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,33 +32,37 @@ def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
     Returns:
         0-d tensor in nats, differentiable in `features`.
     """
-    return PatchEntropy.apply(patch_tokens(features), num_images)
+    return PatchEntropy.apply(features, num_images)
 
 
-def patch_tokens(features: Tensor) -> Tensor:
-    """What is compared: features averaged over heads, of length one, without token 0.
+def patch_tokens(features: Tensor) -> tuple[Tensor, Tensor]:
+    """What is compared: features averaged over heads, without token 0.
 
     Token 0 is the class token of a ViT. The published implementation drops it in Swin's windows too, where it is a
     patch, and so do we.
 
     Args:
-        features: (B*W, h, N, d).
+        features: (B*W, h, N+1, d).
 
     Returns:
-        (B*W, N-1, d) in float32: lower precision would blur the density's kernel, which is 0.01 wide.
+        Of unit length (B*W, N, d), and what they were divided by, (B*W, N, 1), in float32: lower precision would blur
+        the density's kernel, which is 0.01 wide.
     """
-    return F.normalize(features.float().mean(dim=1)[:, 1:], dim=2, eps=1e-8)
+    tokens = features.float().mean(dim=1)[:, 1:]
+    length = torch.linalg.vector_norm(tokens, dim=2, keepdim=True).clamp(min=1e-8)
+    return tokens / length, length
 
 
 class PatchEntropy(torch.autograd.Function):
-    """The entropy of tokens (B*W, N, d), windows of one image next to one another.
+    """The entropy of features (B*W, h, N+1, d), windows of one image next to one another.
 
     The gradient is computed with the value, as one kernel serves both; what is kept for the backward pass is as small
     as the tokens.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, num_images: int) -> Tensor:
+    def forward(ctx: Any, features: Tensor, num_images: int) -> Tensor:
+        tokens, length = patch_tokens(features)
         similarity, count = patch_similarity(tokens, num_images)  # (B, M), (M,)
         low, high = similarity.aminmax()  # of the whole batch; the points, which hang on them, pass no gradient
         step = (high - low) / (POINTS - 1)
@@ -67,24 +72,31 @@ class PatchEntropy(torch.autograd.Function):
         q = kernel.sum(dim=2) + DENSITY_FLOOR  # (B, K)
         trapezoid = torch.full_like(points, 1.0)
         trapezoid[0] = trapezoid[-1] = 0.5
-        ctx.save_for_backward(_gradient(tokens, similarity, kernel, points, -trapezoid * step * (q.log() + 1)))
+        gradient = _gradient(tokens, similarity, kernel, points, -trapezoid * step * (q.log() + 1))
+        ctx.save_for_backward(F.pad(gradient / length, (0, 0, 1, 0)))  # token 0 has none
+        ctx.features = features.shape, features.dtype
         return -(q * q.log() * trapezoid).sum(dim=1).mean() * step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return grad * gradient, None
+        (gradient,), (shape, dtype) = ctx.saved_tensors, ctx.features
+        return (grad / shape[1] * gradient).to(dtype)[:, None].expand(shape), None  # the same for each head
 
 
 def _gradient(tokens: Tensor, similarity: Tensor, kernel: Tensor, points: Tensor, slope: Tensor) -> Tensor:
-    """Gradient of the mean over images for the tokens, (B*W, N, d); `slope` (B, K) is an image's for the density."""
+    """Gradient of the mean over images for the tokens (B*W, N, d), across them: their length does not matter.
+
+    Args:
+        slope: (B, K), of an image's entropy for its density.
+    """
     W, N, _ = tokens.shape
     slope = slope / (len(similarity) * BANDWIDTH**2)
     # d kernel / d similarity = kernel * (point - similarity) / h^2
     moments = _float32_product(torch.stack([slope * points, slope], dim=1), kernel)  # (B, 2, M)
     of_pairs = (moments[:, 0] - similarity * moments[:, 1]).view(W, -1)
-    matrix = tokens.new_zeros(W, N * N).index_copy_(1, _pairs(N, tokens.device)[0], of_pairs).view(W, N, N)
-    return _float32_product(matrix + matrix.transpose(1, 2), tokens)
+    place = _pairs_of(tokens)[2].expand(W, -1)
+    gradient = _float32_product(of_pairs.gather(1, place).view(W, N, N), tokens)
+    return gradient - tokens * (tokens * gradient).sum(dim=2, keepdim=True)
 
 
 def patch_similarity(tokens: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
@@ -105,15 +117,28 @@ def patch_similarity(tokens: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and torch.sub(*products.aminmax()).abs() < NARROW:
         products = torch.stack([(token[:, None] * tokens).sum(dim=2) for token in tokens.unbind(1)], dim=1)
-    pairs, count = _pairs(tokens.shape[1], tokens.device)
-    similarity = products.flatten(1).index_select(1, pairs)
+    pairs, count, _ = _pairs_of(tokens)
+    similarity = products.flatten(1).gather(1, pairs.expand(len(tokens), -1))
     return similarity.view(num_images, -1), count.repeat(len(tokens) // num_images)
 
 
-def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where, in a flat (N, N) matrix, each unordered pair is, and how many ordered ones it stands for: (M,) each."""
+def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where, in a flat (N, N) matrix, each unordered pair is, and how many ordered ones it stands for: (M,) each.
+
+    Third, which pair is at each place of that matrix: (N * N,).
+    """
     row, column = torch.triu_indices(N, N, device=device)
-    return row * N + column, 1.0 + (row != column)
+    token = torch.arange(N, device=device)
+    first, second = torch.minimum(token[:, None], token), torch.maximum(token[:, None], token)
+    return row * N + column, 1.0 + (row != column), (first * (2 * N - 1 - first) // 2 + second).flatten()
+
+
+_kept_pairs = cache(_pairs)
+
+
+def _pairs_of(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_pairs` of tokens (B*W, N, d); kept, as making them takes as long as a product, where they are not compiled."""
+    return (_pairs if torch.compiler.is_compiling() else _kept_pairs)(tokens.shape[1], tokens.device)
 
 
 def gaussian_kernel(samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
@@ -138,10 +163,19 @@ def gaussian_kernel(samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for batches of matrices, in float32 also where the model's own products are TF32's."""
-    if torch.compiler.is_compiling():  # becomes one loop
-        return (a[..., None] * b[:, None]).sum(dim=2)
+    if torch.compiler.is_compiling():
+        return _opaque_product(a, b)
     with float32_products():
         return a @ b
+
+
+@torch.library.custom_op("psaq::float32_product", mutates_args=())
+def _opaque_product(a: Tensor, b: Tensor) -> Tensor:
+    """The same as one operator, as a compiler cannot look after the precision of single products."""
+    return _float32_product(a, b)
+
+
+_opaque_product.register_fake(lambda a, b: a.new_empty(*a.shape[:-1], b.shape[-1]))
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -158,24 +192,25 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 class TotalVariation(torch.autograd.Function):
-    """The backward pass adds into one tensor, where autograd would pad and add eight."""
+    """The gradient is computed with the value, in one tensor, where autograd would pad and add eight."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        norms = torch.stack([torch.linalg.vector_norm(a - b) for a, b in _neighbours(images)])
-        ctx.save_for_backward(images, norms)
-        return norms.sum()
+        gradient, norms = torch.zeros_like(images), []
+        for (a, b), (to_a, to_b) in zip(_neighbours(images), _neighbours(gradient), strict=True):
+            difference = a - b
+            norm = torch.linalg.vector_norm(difference)
+            slope = torch.where(norm > 0, 1 / norm, 0)  # where all pixels are equal it is taken as 0
+            to_a.addcmul_(difference, slope)
+            to_b.addcmul_(difference, slope, value=-1)
+            norms.append(norm)
+        ctx.save_for_backward(gradient)
+        return sum(norms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        images, norms = ctx.saved_tensors
-        slopes = torch.where(norms > 0, grad / norms, 0)  # where all pixels are equal the slope is taken as 0
-        total = torch.zeros_like(images)
-        for (a, b), (to_a, to_b), slope in zip(_neighbours(images), _neighbours(total), slopes, strict=True):
-            difference = (a - b).mul_(slope)
-            to_a.add_(difference)
-            to_b.sub_(difference)
-        return total
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient
 
 
 def _neighbours(images: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
