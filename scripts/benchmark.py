@@ -11,7 +11,7 @@ evaluation     images a second of the float and of the quantized model, in float
 generation     with --steps: seconds for a batch from the first step to the last, compilation in it, and for one more
 
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription take turns, so that
-a slow minute of the machine is every one's.
+a slow minute of the machine is every one's, and step / bare is the median of the rounds' ratios.
 """
 
 import argparse
@@ -92,8 +92,10 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
     kinds = ("bare", "step") if options.no_transcription else ("bare", "step", "transcription")
     with ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
         steps = {kind: step_of(kind, name, options, device, contexts) for kind in kinds}
-        seconds = take_turns(steps, options.rounds, device)
+        times = take_turns(steps, options.rounds, device)
+    seconds = {kind: statistics.median(values) for kind, values in times.items()}
     bare, step, transcription = seconds["bare"], seconds["step"], seconds.get("transcription")
+    ratios = [step / bare for step, bare in zip(times["step"], times["bare"], strict=True)]
     peaks = {kind: peak_in_process(kind, name, options) for kind in ("bare", "step")}
     throughput = evaluation(name, options, device)
     cold, warm = generation(name, options, device) if options.steps else (None, None)
@@ -106,7 +108,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         "bare_ms": 1000 * bare,
         "step_ms": 1000 * step,
         "transcription_ms": transcription and 1000 * transcription,
-        "step_over_bare": step / bare,
+        "step_over_bare": statistics.median(ratios),
         "speedup": transcription and transcription / step,
         "peak_mb": peaks["step"],
         "bare_peak_mb": peaks["bare"],
@@ -168,8 +170,8 @@ def transcribed_step(model: nn.Module, batch: Batch) -> None:
     batch.optimizer.step()
 
 
-def take_turns(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, timed by turns after two rounds to warm up; the transcription's a third as often."""
+def take_turns(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each in every round, after two to warm up; the transcription's in every third."""
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for turn in range(-2, rounds):
         for kind, step in steps.items():
@@ -180,7 +182,7 @@ def take_turns(steps: dict[str, Callable], rounds: int, device: torch.device) ->
             wait(device)
             if turn >= 0:
                 seconds[kind].append(time.perf_counter() - start)
-    return {kind: statistics.median(values) for kind, values in seconds.items()}
+    return seconds
 
 
 def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -195,7 +197,7 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     with torch.inference_mode(), float32_products():
         passes = {kind: partial(model, images) for kind, model in models.items()}
         seconds = take_turns(passes, options.rounds, device)
-    return {kind: size / value for kind, value in seconds.items()}
+    return {kind: size / statistics.median(values) for kind, values in seconds.items()}
 
 
 def generation(name: str, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import torch
 
 from generate_data import patch_similarity_entropy, total_variation
 from utils.attention import attention_outputs
-from utils.entropy import patch_similarity, patch_tokens
+from utils.entropy import _float32_product, _opaque_product, patch_similarity, patch_tokens
 
 
 def relative(actual, expected):
@@ -71,6 +71,21 @@ def test_half_precision_features_are_compared_in_float32():
     half = features.bfloat16()
     assert patch_tokens(half)[0].dtype == torch.float32
     torch.testing.assert_close(patch_similarity_entropy(half, 2), patch_similarity_entropy(half.float(), 2))
+
+
+def test_product_is_one_operator_to_a_compiler():
+    """Its precision is then not the model's: a product in the graph would become TF32's with the model's own."""
+    a, b = torch.randn(3, 5, 4), torch.randn(3, 4, 6)
+    torch.library.opcheck(_opaque_product, (a, b))
+    assert torch.equal(torch.compile(_float32_product, backend="eager", fullgraph=True)(a, b), a @ b)
+    operators = []
+
+    def record(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(_float32_product, backend=record, fullgraph=True)(a, b)
+    assert operators == ["psaq.float32_product"] or operators == ["psaq.float32_product.default"]
 
 
 def test_no_temporary_of_all_pairs_and_channels(monkeypatch):
