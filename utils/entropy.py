@@ -1,6 +1,7 @@
 """The losses of image generation: patch-similarity entropy and total variation. Pure tensor maths.
 
-B images, W windows an image (1 in a ViT), h heads, N tokens, d head width, M pairs an image, K density points.
+B images, W windows an image (1 in a ViT), h heads, N tokens and token 0, d head width, M pairs an image, K points of
+the density.
 """
 
 import math
@@ -26,7 +27,7 @@ def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
     similarities spread out and the entropy is large; the patches of noise are all alike.
 
     Args:
-        features: softmax(QK^T) V, of shape (B*W, h, N, d), windows of one image next to one another.
+        features: softmax(QK^T) V, of shape (B*W, h, N+1, d), windows of one image next to one another.
         num_images: B.
 
     Returns:
@@ -94,6 +95,7 @@ def _gradient(tokens: Tensor, similarity: Tensor, kernel: Tensor, points: Tensor
     # d kernel / d similarity = kernel * (point - similarity) / h^2
     moments = _float32_product(torch.stack([slope * points, slope], dim=1), kernel)  # (B, 2, M)
     of_pairs = (moments[:, 0] - similarity * moments[:, 1]).view(W, -1)
+    # A pair counts in both its rows; one of a token with itself twice, but that part is along it, and is taken away.
     place = _pairs_of(tokens)[2].expand(W, -1)
     gradient = _float32_product(of_pairs.gather(1, place).view(W, N, N), tokens)
     return gradient - tokens * (tokens * gradient).sum(dim=2, keepdim=True)
