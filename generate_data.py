@@ -25,7 +25,7 @@ from tqdm import tqdm
 from models import build_model, model_tag, normalization
 from quant import is_calibrated
 from utils.attention import attention_outputs, first_not_finite, layer_entropies
-from utils.compilation import compiled
+from utils.compilation import REPEATED, compiled
 from utils.distributed import first_process_first, gather, is_first, process_group, rank, world_size
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import InputError, exit_cleanly
@@ -118,7 +118,7 @@ def generate_data(
             batch = Batch(model, labels, seed, index, settings, state)
             bar.update(batch.step)
             if compile and batch.step < settings.rounds * settings.steps:  # once, and not for batches that are finished
-                terms, compile = compiled(terms, batch.try_out, dynamic=False), False
+                terms, compile = compiled(terms, batch.try_out, **REPEATED), False
             finished[index] = batch.optimise(terms, bar, stop)
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:
@@ -195,7 +195,8 @@ class Batch:
         self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
         images = self.augment(round(self.settings.jitter * (turn + 1) * self.images.shape[2]))
         values = terms(images, self.labels, self.tv_target)
-        (self.images.grad,) = torch.autograd.grad(values @ self.weights, self.images)
+        (gradient,) = torch.autograd.grad(values @ self.weights, self.images)
+        self.images.grad = gradient.contiguous()  # fused Adam goes by places in memory; a compiled one may be permuted
         length = torch.linalg.vector_norm(self.images.grad)
         self.optimizer.step()
         with torch.no_grad():

@@ -11,7 +11,6 @@ import utils.environment  # isort: skip  # noqa: F401 - first: a broken installa
 import argparse
 import copy
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from generate_data import GenerationSettings, draw_labels, generate_data, genera
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
 from quant import activation_ranges, calibrate, fuse_activations, quantize_model
-from quant.quantizers import fake_quantize_
 from utils.cache import CachedImages, check_cache
-from utils.compilation import compiled
+from utils.compilation import fused_rounding
 from utils.data import Images, Shard, check_dataset, draw_images, image_loader
 from utils.distributed import first_process_first, is_first, process_group
 from utils.errors import InputError, exit_cleanly
@@ -93,7 +91,7 @@ def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dat
         write_models(quantized, options.model, options, model)
     with timed(seconds, "evaluate"), float32_products():
         if settings.compile:
-            fuse_rounding(quantized)
+            fuse_activations(quantized, fused_rounding(device))
         if "val" in images:
             measured = measure({"float": model, "quantized": quantized}, images["val"], options)
         else:
@@ -129,7 +127,7 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     model.to(device)
     with timed(seconds, "evaluate"), float32_products():
         if generation_settings(options, device).compile:
-            fuse_rounding(model)
+            fuse_activations(model, fused_rounding(device))
         measured = measure({"quantized": model}, images, options)
     results = {
         "model": header["model"],
@@ -274,22 +272,6 @@ def write_models(
     for file in (options.save, options.export_onnx):
         if file:
             print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-
-
-@torch.inference_mode()
-def fuse_rounding(quantized: nn.Module) -> None:
-    """Compile what activation quantizers compute into one pass, with the same results."""
-    device = next(quantized.parameters()).device
-    x, scale, zero_point = (torch.ones(shape, device=device) for shape in (8, (), ()))
-    exact = {"eager_numerics.division_rounding": True}  # on a GPU division would be off by a bit
-
-    def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:
-        return fake_quantize_(x.clone(), scale, zero_point, grid)  # in place fails where more was compiled before
-
-    def trial(kernel: Callable) -> Tensor:
-        return kernel(x, scale, zero_point, (0, 255))
-
-    fuse_activations(quantized, compiled(rounded, trial, dynamic=True, options=exact))
 
 
 def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:

@@ -36,10 +36,9 @@ import oracle
 
 from generate_data import Batch, GenerationSettings, draw_labels, frozen, loss_terms
 from models import build_model
-from quant import calibrate, quantize_model
-from test_quant import fuse_rounding
+from quant import calibrate, fuse_activations, quantize_model
 from utils.attention import attention_outputs
-from utils.compilation import compiled
+from utils.compilation import REPEATED, compiled, fused_rounding
 from utils.environment import device_name, versions
 from utils.errors import exit_cleanly
 from utils.evaluate import CPU_BATCH
@@ -136,7 +135,7 @@ def step_of(
         return bare_step(model, batch, options)
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
     if options.compile:
-        terms = compiled(terms, batch.try_out, dynamic=False)
+        terms = compiled(terms, batch.try_out, **REPEATED)
     return lambda: batch.advance(terms)
 
 
@@ -153,7 +152,7 @@ def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Ca
         with model_products(options.precision, images.device):
             return nn.functional.cross_entropy(model(images).float(), batch.labels)
 
-    loss = torch.compile(loss, fullgraph=True) if options.compile else loss
+    loss = torch.compile(loss, fullgraph=True, **REPEATED) if options.compile else loss
     return lambda: torch.autograd.grad(loss(batch.images), batch.images)
 
 
@@ -193,7 +192,7 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     images = torch.randn(size, 3, *models["float"].patch_embed.img_size, device=device)
     models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
     if options.compile:
-        fuse_rounding(models["quantized"])
+        fuse_activations(models["quantized"], fused_rounding(device))
     with torch.inference_mode(), float32_products():
         passes = {kind: partial(model, images) for kind, model in models.items()}
         seconds = take_turns(passes, options.rounds, device)
@@ -211,7 +210,7 @@ def generation(name: str, options: argparse.Namespace, device: torch.device) -> 
             start = time.perf_counter()
             batch = new_batch(model, options)
             if options.compile and not number:
-                terms = compiled(terms, batch.try_out, dynamic=False)
+                terms = compiled(terms, batch.try_out, **REPEATED)
             with progress_bar(total=2 * options.steps, desc="generating", unit="step") as bar:
                 batch.optimise(terms, bar, lambda: None)
             seconds.append(time.perf_counter() - start)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 
 import generate_data as generation
 from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
 from models import normalization
 from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
-from utils.compilation import compiled
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.errors import exit_cleanly
 
@@ -157,23 +157,18 @@ def test_a_model_that_is_not_finite_ends_the_command_line_with_two(tmp_path, mon
     assert last.startswith("error: L_PSE became nan at step 1; ") and "blocks.0.mlp.fc2 is the first layer" in last
 
 
-def fail(error):
-    def compile(*arguments, **options):
-        def fast(*arguments):
-            raise error
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("no C++\nat all"), "no C++"), (ImportError("no Triton"), "no Triton"), (KeyError, "KeyError")],
+)
+def test_where_compilation_fails_a_line_says_so_and_the_images_are_the_same(vit, monkeypatch, capsys, error, reason):
+    def fail(graph, inputs, **options):
+        raise error
 
-        return fast
-
-    return compile
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no C++ compiler\nat all"), ImportError("no Triton")], ids=str)
-def test_where_compilation_fails_a_line_says_so_and_the_images_are_the_same(vit, monkeypatch, capsys, error):
     expected = generate_data(vit, 2, settings=QUICK, progress=False)
-    monkeypatch.setattr(torch, "compile", fail(error))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
     images = generate_data(vit, 2, settings=dataclasses.replace(QUICK, compile=True), progress=False)
     assert torch.equal(images, expected)
-    reason = str(error).split("\n")[0]
     assert capsys.readouterr().err.splitlines() == [f"torch.compile failed; going on without it ({reason})"]
 
 
@@ -181,7 +176,7 @@ def test_batches_share_what_is_compiled(vit, monkeypatch):
     """More batches than torch.compile would compile one function anew for."""
     graphs = []
 
-    def count(graph, inputs):
+    def count(graph, inputs, **options):
         graphs.append(graph)
         return graph
 
@@ -195,18 +190,16 @@ def test_batches_share_what_is_compiled(vit, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_compiled_entropy_equals_eager():
-    features = torch.randn(2, 2, 9, 8, requires_grad=True)
-
-    def terms(features):
-        return patch_similarity_entropy(features, 2)
-
-    fast = compiled(terms, lambda fast: torch.autograd.grad(fast(features), features), dynamic=False)
-    assert fast is not terms
-    values = [function(features) for function in (terms, fast)]
-    gradients = [torch.autograd.grad(value, features)[0] for value in values]
-    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=0)
-    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+def test_compiled_images_equal_eager(capsys):
+    """The gradient of a compiled convolution lies in memory in an order of its own, which fused Adam does not see."""
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=10)
+    eager, fast = [], []
+    expected = generate_data(model, 2, settings=QUICK, progress=False, losses=eager)
+    settings = dataclasses.replace(QUICK, compile=True)
+    images = generate_data(model, 2, settings=settings, progress=False, losses=fast)
+    assert not capsys.readouterr().err  # nor did it go on without being compiled
+    torch.testing.assert_close(torch.tensor(fast), torch.tensor(eager), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_deterministic_run_and_its_repetition_give_the_same_bytes(tmp_path):
