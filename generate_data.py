@@ -118,6 +118,7 @@ def generate_data(
             batch = Batch(model, labels, seed, index, settings, state)
             bar.update(batch.step)
             if compile and batch.step < settings.rounds * settings.steps:  # once, and not for batches that are finished
+                bar.set_postfix_str("compiling, for a minute or two")
                 terms, compile = compiled(terms, batch.try_out, **REPEATED), False
             finished[index] = batch.optimise(terms, bar, stop)
     finished = {index: result for some in gather(finished) for index, result in some.items()}
@@ -256,8 +257,10 @@ class Batch:
         (gradient,) = torch.autograd.grad(terms(images, self.labels[:size], self.tv_target).sum(), images)
         return gradient
 
+    @torch.compiler.set_stance("force_eager")  # compiling for each number of images would take minutes
     def what_fits(self, terms: LossTerms) -> str:
         """Say that the memory does not suffice, and for how many images it would."""
+        torch.compiler.reset()  # CUDA graphs hold memory
         size = len(self.labels) // 2
         while size and attempt(partial(self.try_out, terms, size)) is None:
             size //= 2

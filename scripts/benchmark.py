@@ -129,7 +129,7 @@ def step_of(
     model = build_model(name, pretrained=False).to(device)
     batch = new_batch(model, options)
     if kind == "transcription":
-        return lambda: transcribed_step(model, batch)
+        return lambda: transcribed_step(model, batch, options.precision)
     contexts.enter_context(frozen(model))
     if kind == "bare":
         return bare_step(model, batch, options)
@@ -156,12 +156,13 @@ def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Ca
     return lambda: torch.autograd.grad(loss(batch.images), batch.images)
 
 
-def transcribed_step(model: nn.Module, batch: Batch) -> None:
+def transcribed_step(model: nn.Module, batch: Batch, precision: str) -> None:
     """The published way: broadcast cosines, the whole density in autograd, gradients of all weights, two host waits."""
     with attention_outputs(model) as outputs:
-        logits = model(batch.images)
-        loss = nn.functional.cross_entropy(logits, batch.labels)
-        loss = loss - sum(oracle.entropy(features, len(batch.images)) for features in outputs)
+        with model_products(precision, batch.images.device):
+            logits = model(batch.images)
+        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
+        loss = loss - sum(oracle.entropy(features.float(), len(batch.images)) for features in outputs)
         outputs.clear()
     differences = (batch.images.diff(dim=3), batch.images.diff(dim=2))
     loss = loss + 0.05 * sum(torch.linalg.vector_norm(difference) for difference in differences)

@@ -14,7 +14,8 @@ def entropy(features, num_images):
     windows = tokens.shape[0] // num_images
     similarity = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
     similarity = similarity.reshape(num_images, windows * similarity.shape[1] ** 2)
-    points = torch.linspace(similarity.min().item(), similarity.max().item(), 10, dtype=similarity.dtype)
+    like = {"dtype": similarity.dtype, "device": similarity.device}
+    points = torch.linspace(similarity.min().item(), similarity.max().item(), 10, **like)
     h = 0.01
     entropies = []
     for image in similarity:

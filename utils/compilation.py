@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quant.quantizers import fake_quantize_
-from utils.memory import is_out_of_memory
 from utils.progress import note
 
 # For what is called very often with the same shapes: on a GPU its kernels are then replayed as CUDA graphs
@@ -28,13 +27,13 @@ def compiled(function: Callable, trial: Callable[[Callable], object], **options:
     try:
         for _ in range(3):  # the second call records CUDA graphs, the third is the first to replay them
             trial(fast)
-    except Exception as error:  # no compiler, no Triton, a part that cannot be traced: of many types
-        if not is_out_of_memory(error):  # which `function` will meet, too, and tell
-            cause = getattr(error, "inner_exception", error)
-            reason = str(cause).strip() or type(cause).__name__
-            note(f"torch.compile failed; going on without it ({reason.splitlines()[0]})")
-        return function
-    return fast
+        return fast
+    except Exception as error:  # no compiler, no Triton, no memory, a part that cannot be traced: of many types
+        cause = getattr(error, "inner_exception", error)
+        reason = str(cause).strip() or type(cause).__name__
+        note(f"torch.compile failed; going on without it ({reason.splitlines()[0]})")
+    torch.compiler.reset()  # what is left of the attempt holds memory
+    return function
 
 
 @cache  # for all models of a process, as torch.compile keeps but a few variants of a function
