@@ -23,8 +23,8 @@ class Stopped(KeyboardInterrupt):
 def stop_requests() -> Iterator[Callable[[], int | None]]:
     """Yield a function that gives the number of the signal that asked to stop, None as long as none did.
 
-    Within the context SIGINT and SIGTERM do nothing else, once. Python delivers signals to the main thread; in another
-    thread this does nothing.
+    Within the context SIGINT and SIGTERM do nothing else, once, but say so. Python delivers signals to the main
+    thread; in another thread this does nothing.
 
     Raises:
         Stopped: at the end of the context, where a signal came that nobody asked for any more.
@@ -35,6 +35,7 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
         if received:
             os._exit(128 + number)
         received.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print might be interrupted
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if main}
