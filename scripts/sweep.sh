@@ -2,7 +2,7 @@
 # Run test_quant.py over models, seeds, modes and bit widths, and keep one row a run.
 #
 #   scripts/sweep.sh demo                          the README's demo table: no data set, no GPU
-#   scripts/sweep.sh precision                     the same with bfloat16 products in generation
+#   scripts/sweep.sh precision                     the same, generated as a GPU does it: bfloat16 products, compiled
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table
 #
 # Rows that are there are skipped, so an interrupted sweep goes on where it stopped; a run that fails is a row with
@@ -25,7 +25,7 @@ precision)
     MODES=${MODES:-0}
     SEEDS=${SEEDS:-0 1 2}
     RUNS=${RUNS:-runs/sweep-bf16} # its images are others
-    OPTIONS="--precision bf16 ${OPTIONS:-}"
+    OPTIONS="--precision bf16 --compile ${OPTIONS:-}"
     ;;
 paper)
     MODELS=${MODELS:-deit_tiny deit_small deit_base swin_tiny swin_small}
