@@ -62,7 +62,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="generate, and round activations, with torch.compile, in a minute or two first (on cuda; not on a cpu)",
+        help="generate, and round activations, with torch.compile, which takes a minute or two (on cuda; not on a cpu)",
     )
     parser.add_argument(
         "--checkpoint-activations",
