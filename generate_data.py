@@ -6,12 +6,11 @@ Section 3.2 of the paper. `generate_data` is the method, `GenerationSettings` ho
 the end writes the images and a picture of them.
 """
 
-import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,29 +19,28 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models import build_model, model_tag, normalization
 from quant import is_calibrated
-from utils.attention import attention_outputs, first_not_finite, layer_entropies
-from utils.compilation import REPEATED, compiled
-from utils.distributed import first_process_first, gather, is_first, process_group, rank, world_size
+from utils.attention import attention_outputs, frozen, where_not_finite
 from utils.entropy import patch_similarity_entropy, total_variation
-from utils.errors import InputError, exit_cleanly
-from utils.files import check_writable
-from utils.images import save_images
-from utils.memory import attempt
-from utils.options import Parser, add_generation_options, add_model_options, pick_device, positive
-from utils.plots import plot_generation, require_matplotlib
-from utils.precision import float32_products, model_products
-from utils.progress import progress_bar
-from utils.seeds import make_deterministic, stream
-from utils.signals import Stopped, stop_requests
-from utils.state import digest, load_state, save_state, unfinished
+from utils.images import draw_noise, save_images
+from utils.options import add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
+from utils.plots import plot_losses, require_matplotlib
+from utils.run.compilation import compiled_when_called
+from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable
+from utils.run.memory import what_fits
+from utils.run.optimisation import Optimisation
+from utils.run.options import Parser, pick_device, positive
+from utils.run.precision import default_precision, float32_products, model_products
+from utils.run.progress import progress_bar
+from utils.run.seeds import make_deterministic, stream
+from utils.run.signals import stop_requests
+from utils.run.state import digest, unfinished
 
-__all__ = ["GenerationSettings", "draw_labels", "generate_data", "patch_similarity_entropy", "total_variation"]
-
-
+TERMS = ("L_PSE", "L_OH", "L_TV")  # of the loss
 LossTerms = Callable[[Tensor, Tensor, Tensor], Tensor]  # see loss_terms
 
 
@@ -103,24 +101,37 @@ def generate_data(
         raise TypeError("generate_data expects a float model; got one that is calibrated")
     settings = settings or GenerationSettings()
     batches = list(enumerate(draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)))
-    mine, finished = batches[rank() :: world_size()], {}
-    steps = len(mine) * settings.rounds * settings.steps
+    mine, finished, total = batches[rank() :: world_size()], {}, settings.rounds * settings.steps
     with (
         frozen(model, settings.checkpoint_activations),
         float32_products(tf32=settings.precision == "tf32"),
         attention_outputs(model) as outputs,  # once: other hooks would be compiled anew
         stop_requests() as stop,
-        progress_bar(total=steps, desc="generating", unit="step", disable=not progress) as bar,
+        progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
     ):
         terms = loss_terms(model, outputs, settings.precision)
-        compile = settings.compile and not settings.checkpoint_activations
+        if settings.compile and not settings.checkpoint_activations:
+            begin = partial(bar.set_postfix_str, "compiling, for a minute or two")
+            terms = compiled_when_called(terms, try_out, begin)
+        identity = {"weights": digest(model) if state else None, "seed": seed, **asdict(settings)}
+        advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         for index, labels in mine:
-            batch = Batch(model, labels, seed, index, settings, state)
-            bar.update(batch.step)
-            if compile and batch.step < settings.rounds * settings.steps:  # once, and not for batches that are finished
-                bar.set_postfix_str("compiling, for a minute or two")
-                terms, compile = compiled(terms, batch.try_out, **REPEATED), False
-            finished[index] = batch.optimise(terms, bar, stop)
+            batch = Batch(model, terms, labels, seed, index, settings)
+            optimisation = Optimisation(
+                batch.step,
+                TERMS,
+                total,
+                tensors={"images": batch.images},
+                optimizers=[batch.optimizer],
+                random=batch.random,
+                file=state and state / f"batch-{index}.safetensors",
+                identity={**identity, "labels": labels.tolist()},
+                not_finite=partial(where_not_finite, model, batch.images.detach()),
+                out_of_memory=partial(what_fits, batch.try_out, len(labels), advice),
+            )
+            bar.update(optimisation.done)
+            optimisation.run(bar, stop)
+            finished[index] = batch.images.detach().cpu(), optimisation.losses
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
@@ -132,22 +143,14 @@ def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
     return torch.randint(num_classes, (num_images,), generator=stream(seed, "labels"))
 
 
-def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
-    """Learning rate of a round's step, as a fraction of the full one."""
-    warmup = round(settings.warmup * settings.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
-
-
 class Batch:
-    """Images that share one loss, under optimisation: all that a step reads and writes, in memory and on disk."""
+    """Images that share one loss, from noise on."""
 
     def __init__(
-        self, model: nn.Module, labels: Tensor, seed: int, index: int, settings: GenerationSettings, state: Path | None
+        self, model: nn.Module, terms: LossTerms, labels: Tensor, seed: int, index: int, settings: GenerationSettings
     ) -> None:
         device, size, B = next(model.parameters()).device, model.patch_embed.img_size, len(labels)
-        self.model, self.labels, self.settings = model, labels.to(device), settings
+        self.model, self.terms, self.labels, self.settings = model, terms, labels.to(device), settings
         self.images = torch.randn(B, 3, *size, generator=stream(seed, "images", index)).to(device).requires_grad_()
         self.random = stream(seed, "augmentation", index)
         # TV grows with the root of the number of pixels in the batch; the published target is for 32 of 224x224.
@@ -159,50 +162,19 @@ class Batch:
         self.weights = torch.tensor([1.0, settings.class_weight, settings.tv_weight], device=device)
         mean, std = normalization(model)
         self.valid = (-mean / std).to(device), ((1 - mean) / std).to(device)  # (3, 1, 1) each, of valid pixels
-        self.step, self.losses = 0, []
-        self.file = state and state / f"batch-{index}.safetensors"
-        if self.file:
-            self.identity = {"weights": digest(model), "seed": seed, "labels": labels.tolist(), **asdict(settings)}
-            if self.file.exists():
-                self.restore(load_state(self.file, self.identity))
 
-    def optimise(self, terms: LossTerms, bar: tqdm, stop: Callable[[], int | None]) -> tuple[Tensor, list[list[float]]]:
-        """Do all steps that are left.
-
-        Args:
-            stop: tells whether a signal asks to stop after the present step.
-
-        Returns:
-            The images, on the CPU, and the terms of every step.
-        """
-        good, recent, total = self.snapshot(), [], self.settings.rounds * self.settings.steps
-        while self.step < total:
-            values = attempt(lambda: self.advance(terms))
-            if values is None:
-                raise InputError(self.what_fits(terms))
-            recent.append(values)
-            bar.update()
-            if len(recent) == 10 or self.step == total or stop():  # seldom: it waits for the device
-                self.read(recent, bar, good)
-                good, recent = self.snapshot(), []
-            if stop():
-                raise Stopped(stop(), self.keep(good, f"interrupted at step {self.step}"))
-        self.keep(good, "finished")
-        return self.images.detach().cpu(), self.losses
-
-    def advance(self, terms: LossTerms) -> Tensor:
-        """One step; returns the terms of its loss and the length of its gradient, (4,)."""
-        turn, step = divmod(self.step, self.settings.steps)
+    def step(self, number: int) -> Tensor:
+        """Augment, loss, Adam, clamp; returns the terms of the loss and the length of its gradient, (4,)."""
+        turn, step = divmod(number, self.settings.steps)
         self.optimizer.param_groups[0]["lr"] = self.rate * learning_rate_factor(step, self.settings)
         images = self.augment(round(self.settings.jitter * (turn + 1) * self.images.shape[2]))
-        values = terms(images, self.labels, self.tv_target)
+        values = self.terms(images, self.labels, self.tv_target)
         (gradient,) = torch.autograd.grad(values @ self.weights, self.images)
         self.images.grad = gradient.contiguous()  # fused Adam goes by places in memory; a compiled one may be permuted
         length = torch.linalg.vector_norm(self.images.grad)
         self.optimizer.step()
         with torch.no_grad():
             self.images.clamp_(*self.valid)
-        self.step += 1
         return torch.cat([values.detach(), length[None]])
 
     def augment(self, reach: int) -> Tensor:
@@ -211,62 +183,17 @@ class Batch:
         shifted = self.images.roll((offset, offset), dims=(2, 3))
         return shifted.flip(3) if torch.rand((), generator=self.random) < 0.5 else shifted
 
-    def read(self, recent: list[Tensor], bar: tqdm, good: dict[str, Tensor]) -> None:
-        """Read the terms of the `recent` steps and show the last; stop at the first that is not finite."""
-        rows, names = torch.stack(recent).tolist(), ("L_PSE", "L_OH", "L_TV", "the gradient")
-        for step, row in enumerate(rows, start=self.step - len(rows) + 1):
-            for name, value in zip(names, row, strict=True):
-                if not math.isfinite(value):
-                    layer = first_not_finite(self.model, good["images"])
-                    where = f"{layer} is the first layer that is not" if layer else "all layers were finite before"
-                    problem = f"{name} became {value} at step {step}; expected finite losses; {where}"
-                    raise FloatingPointError(self.keep(good, problem))
-        bar.set_postfix({name: f"{value:.3g}" for name, value in zip(names[:3], rows[-1], strict=False)})
-        self.losses += [row[:3] for row in rows]
+    def try_out(self, size: int) -> Tensor:
+        """The gradient for the first `size` images."""
+        return try_out(self.terms, self.images[:size], self.labels[:size], self.tv_target)
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of everything that steps change."""
-        moments = self.optimizer.state.get(self.images, {})
-        return {
-            "images": self.images.detach().clone(),
-            **{name: moments[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in moments},
-            "random": self.random.get_state(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-        }
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go back to a snapshot."""
-        self.step, self.losses = len(tensors["losses"]), tensors["losses"].tolist()
-        self.images.data = tensors["images"].to(self.images.device)
-        self.random.set_state(tensors["random"])
-        if self.step:
-            moments = {name: tensors[name].to(self.images.device) for name in ("exp_avg", "exp_avg_sq")}
-            device = self.images.device if self.optimizer.defaults["fused"] else None
-            self.optimizer.state[self.images] = moments | {"step": torch.tensor(float(self.step), device=device)}
-
-    def keep(self, snapshot: dict[str, Tensor], why: str) -> str:
-        """Write a snapshot to the batch's file, if it has one; returns `why`, and where to go on from."""
-        if not self.file:
-            return why
-        save_state(self.file, {name: value.cpu() for name, value in snapshot.items()}, self.identity)
-        return f"{why}; the state of step {len(snapshot['losses'])} is in {self.file.parent}: go on with --resume"
-
-    def try_out(self, terms: LossTerms, size: int | None = None) -> Tensor:
-        """The gradient for the first `size` images, which changes nothing: to see whether it can be had."""
-        images = self.images[:size].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(terms(images, self.labels[:size], self.tv_target).sum(), images)
-        return gradient
-
-    @torch.compiler.set_stance("force_eager")  # compiling for each number of images would take minutes
-    def what_fits(self, terms: LossTerms) -> str:
-        """Say that the memory does not suffice, and for how many images it would."""
-        torch.compiler.reset()  # CUDA graphs hold memory
-        size = len(self.labels) // 2
-        while size and attempt(partial(self.try_out, terms, size)) is None:
-            size //= 2
-        advice = [] if self.settings.checkpoint_activations else ["--checkpoint-activations takes less"]
-        advice += [f"{size} images at a time would fit"] if size else []
-        return f"out of memory with {len(self.labels)} images: {', and '.join(advice) or 'not even one would fit'}"
+def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
+    """Learning rate of a round's step, as a fraction of the full one."""
+    warmup = round(settings.warmup * settings.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
 def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossTerms:
@@ -289,35 +216,18 @@ def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossT
     return terms
 
 
-@contextmanager
-def frozen(model: nn.Module, checkpoint_activations: bool = False) -> Iterator[None]:
-    """Within the context the model is in evaluation mode and no parameter asks for a gradient."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.eval().requires_grad_(False)
-        model.set_grad_checkpointing(checkpoint_activations)
-        yield
-    finally:
-        model.set_grad_checkpointing(False)
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def plot_losses(path: Path, model: nn.Module, images: Tensor, seed: int, losses: list[list[float]]) -> None:
-    """Draw how `images` came about: the terms of the loss, and the entropies of the noise and of the images."""
-    noise = torch.randn(images.shape, generator=stream(seed, "noise"))
-    plot_generation(path, torch.tensor(losses), layer_entropies(model, noise), layer_entropies(model, images))
+def try_out(terms: LossTerms, images: Tensor, labels: Tensor, tv_target: Tensor) -> Tensor:
+    """The gradient for the images, which changes nothing: to see whether it can be had."""
+    images = images.detach().requires_grad_()
+    return torch.autograd.grad(terms(images, labels, tv_target).sum(), images)[0]
 
 
 def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
-    """What the command line asks for, or else what is fast on the device: a CPU gains by neither on small models."""
-    cuda = device.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    """What the command line asks for, or else what is fast on the device."""
     return GenerationSettings(
         steps=options.steps,
-        precision=options.precision or ("bf16" if bf16 else "fp32"),
-        compile=cuda if options.compile is None else options.compile,
+        precision=options.precision or default_precision(device),
+        compile=device.type == "cuda" if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
 
@@ -325,17 +235,20 @@ def generation_settings(options: argparse.Namespace, device: torch.device) -> Ge
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Generate images from a vision transformer, with no data.")
-    add_model_options(parser)
-    add_generation_options(parser)
-    add = parser.add_argument
-    add("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
-    add(
+    images, output = parser.add_argument_group("images"), parser.add_argument_group("output")
+    add_model(images)
+    add_checkpoint(images)
+    images.add_argument("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
+    add_steps_and_seed(images)
+    output.add_argument(
         "--output",
         type=Path,
         default=Path("images.safetensors"),
         metavar="FILE",
         help="file for the images; a picture of them goes beside it (images.safetensors)",
     )
+    add_plots(output)
+    add_computation(parser)
     return parser.parse_args(arguments)
 
 
@@ -363,13 +276,18 @@ def run(options: argparse.Namespace) -> None:
             model = build_model(options.model, options.checkpoint).to(device)
         settings = generation_settings(options, device)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
-        if not is_first():
-            return
-        labels = draw_labels(options.num_images, model.num_classes, options.seed)
-        picture = save_images(options.output, *normalization(model), images=images, labels=labels)
-        if options.plots:
-            plot_losses(options.output.with_suffix(".losses.png"), model, images, options.seed, losses)
-        print(f"{len(images)} images: {options.output}, and to look at: {picture}")
+        write(options, model, images, losses)
+
+
+@by_first
+def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses: list[list[float]]) -> None:
+    """Write what was generated."""
+    labels = draw_labels(len(images), model.num_classes, options.seed)
+    picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+    if options.plots:
+        noise = draw_noise(len(images), model.patch_embed.img_size, options.seed)
+        plot_losses(options.output.with_suffix(".losses.png"), model, noise, images, losses)
+    print(f"{len(images)} images: {options.output}, and to look at: {picture}")
 
 
 def main() -> None:

@@ -6,12 +6,11 @@
 script, not a test.)
 """
 
-import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import argparse
 import copy
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,139 +19,178 @@ from torch import Tensor, nn
 from generate_data import GenerationSettings, draw_labels, generate_data, generation_settings
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
-from quant import activation_ranges, calibrate, fuse_activations, quantize_model
-from utils.cache import CachedImages, check_cache
-from utils.compilation import fused_rounding
-from utils.data import Images, Shard, check_dataset, draw_images, image_loader
-from utils.distributed import first_process_first, is_first, process_group
-from utils.errors import InputError, exit_cleanly
-from utils.evaluate import compare, evaluate
-from utils.files import check_writable, locked, new_run_folder, write_json
+from quant import activation_ranges, calibrate, quantize_model
+from utils.cache import check_cache, validation_loader
+from utils.data import Images, check_dataset, draw_images, validation_images
+from utils.evaluate import compare, evaluate, fuse_rounding
 from utils.fractals import write_demo_data
-from utils.images import load_images, save_images
-from utils.options import (
-    Parser,
-    add_bit_options,
-    add_generation_options,
-    add_model_options,
-    available_cores,
-    natural,
-    pick_device,
-    positive,
-)
+from utils.images import draw_noise, load_images, save_images
+from utils.options import add_bits, add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
 from utils.plots import plot_run, require_matplotlib
-from utils.precision import float32_products
-from utils.report import HELD_OUT, MODES, collect, headline, provenance, report, timed
-from utils.seeds import make_deterministic, stream
-from utils.state import unfinished
+from utils.report import (
+    HELD_OUT,
+    MODES,
+    check_readable,
+    collect,
+    collect_saved,
+    headline,
+    publish,
+    report,
+    report_saved,
+)
+from utils.run.distributed import by_first, first_process_first, process_group
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable
+from utils.run.options import Parser, natural, pick_device, positive
+from utils.run.precision import float32_products
+from utils.run.record import RUNS, Record, open_record
+from utils.run.seeds import make_deterministic
 
-ROOT = Path(__file__).resolve().parent
+DEMO_DATA = Path(__file__).resolve().parent / "data" / "demo"
 HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 
 
-def run(options: argparse.Namespace) -> dict:
-    """Do what the command line asks for, and leave a folder with the results; returns what results.json holds."""
-    if options.deterministic:
-        make_deterministic()
-    with first_process_first():
-        device, dataset = check_options(options)
-    alone = options.output_dir and is_first()  # in runs/ each run has a new folder
-    with locked(options.output_dir) if alone else nullcontext():
-        if options.load:
-            return evaluate_saved(options, device, dataset)
-        folder = options.output_dir or ROOT / "runs" / run_name(options)
-        with unfinished(folder.parent / f"{folder.name}.unfinished", options.resume) as state:
-            return quantize_and_evaluate(options, device, dataset, state)
-
-
-def quantize_and_evaluate(options: argparse.Namespace, device: torch.device, dataset: Path | None, state: Path) -> dict:
-    """The method, with options that are checked; `state` keeps what is generated until the run has ended."""
-    seconds: dict[str, float] = {}
-    with timed(seconds, "build"), first_process_first():
+def quantize_and_evaluate(
+    options: argparse.Namespace, device: torch.device, dataset: Path | None, record: Record
+) -> dict:
+    """The method, with options that are checked; returns what results.json holds."""
+    settings, losses = generation_settings(options, device), []
+    with record.stage("build", in_turn=True):
         model = build_model(options.model, options.checkpoint).to(device)
-        images = open_images(dataset, model, options)
-        pixels = options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size)
-        check_writable(options.output_dir or ROOT / "runs", 8 * pixels)  # in float32, and as much for their picture
-    with timed(seconds, "quantize"), first_process_first():
-        quantized = swap_layers(model, options)
-    print(headline(options, device), flush=True)
-
-    losses: list[list[float]] = []
-    settings = generation_settings(options, device)
-    with timed(seconds, "images"):
-        tensors = calibration_images(model, images, options, settings, losses, state)
-    with timed(seconds, "calibrate"), float32_products():
-        calibrate(quantized, tensors["images"])
-    if is_first():  # only now is there something
-        folder = options.output_dir or new_run_folder(ROOT / "runs", run_name(options))
-        if options.mode != 2:
-            save_images(folder / "images.safetensors", *normalization(model), **tensors)
-        write_json(folder / "ranges.json", activation_ranges(quantized))
-        write_models(quantized, options.model, options, model)
-    with timed(seconds, "evaluate"), float32_products():
+        data = open_data(options, dataset, model)
+    with record.stage("quantize", in_turn=True):
+        quantized = swap_layers(options, model)
+    print(headline(options, model_tag(options.model), device), flush=True)
+    with record.stage("images"):
+        images = calibration_images(options, model, data, settings, losses, record)
+    with record.stage("calibrate"), float32_products():
+        calibrate(quantized, images["images"])
+    leave_files(options, model, quantized, images, record)
+    with record.stage("evaluate"), float32_products():
         if settings.compile:
-            fuse_activations(quantized, fused_rounding(device))
-        if "val" in images:
-            measured = measure({"float": model, "quantized": quantized}, images["val"], options)
+            fuse_rounding(quantized)
+        if "val" in data:
+            measured = measure({"float": model, "quantized": quantized}, data["val"], options)
         else:
-            measured = compare(model, quantized, tensors["held_out"])
-
-    precision = settings.precision if options.mode == 0 else None
-    results = collect(options, device, seconds, quantized, measured, len(tensors["images"]), precision)
-    if is_first():
-        write_json(folder / "results.json", results)
-        print(report(results), f"results: {folder}", sep="\n")
-        if options.plots:
-            kinds = images_by_kind(model, images, tensors, options)
-            plot_run(folder, model, quantized, kinds, tensors["images"], losses)
-        check_readable(results, options, folder)
+            measured = compare(model, quantized, images["held_out"])
+    results = collect(options, model_tag(options.model), settings.precision, quantized, images["images"], measured)
+    results |= record.provenance(device, vars(options))
+    publish(record, results, report(results))
+    if options.plots:
+        kind, real = MODES[options.mode], data.get("train")
+        plot_run(record, model, quantized, images["images"], kind, real, losses, options.seed)
     return results
 
 
-def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: Path | None) -> dict:
+def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: Path | None, record: Record) -> dict:
     """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
-    seconds: dict[str, float] = {}
-    with timed(seconds, "build"), first_process_first():
+    with record.stage("build", in_turn=True):
         model, header = load_quantized(options.load)
         if not dataset and header["model"] in DEMO_MODELS:
-            dataset = write_demo_data(ROOT / "data" / "demo")
+            dataset = write_demo_data(DEMO_DATA)
         if not dataset and not options.export_onnx:
             raise InputError("--load evaluates a model: expected --dataset; got none")
-    if is_first():
-        write_models(model, header["model"], options)
+        data = open_data(options, dataset, model)
+    export(options, {"": model}, header["model"])
     if not dataset:
         return header
-    with first_process_first():
-        images = open_images(dataset, model, options)["val"]
-    model.to(device)
-    with timed(seconds, "evaluate"), float32_products():
+    with record.stage("evaluate"), float32_products():
         if generation_settings(options, device).compile:
-            fuse_activations(model, fused_rounding(device))
-        measured = measure({"quantized": model}, images, options)
-    results = {
-        "model": header["model"],
-        "tag": header["tag"],
-        "n": measured["n"],
-        "top1": measured["quantized_top1"],
-        "top5": measured["quantized_top5"],
-        "unreadable": measured["unreadable"],
-    } | provenance(options, device, seconds)
-    if is_first():
-        folder = options.output_dir or new_run_folder(ROOT / "runs", options.load.stem)
-        write_json(folder / "results.json", results)
-        print(
-            f"{header['tag']}, {options.load}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %",
-            f"{results['n']} images in {seconds['evaluate']:.1f} s",
-            f"results: {folder}",
-            sep="\n",
-        )
-        check_readable(results, options, folder)
+            fuse_rounding(model.to(device))
+        measured = measure({"quantized": model.to(device)}, data["val"], options)
+    results = collect_saved(header, measured) | record.provenance(device, vars(options))
+    publish(record, results, report_saved(results, options.load))
     return results
+
+
+def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
+    try:
+        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers)
+    except ValueError as error:
+        raise InputError(f"--skip-layers: {error}") from error
+
+
+def calibration_images(
+    options: argparse.Namespace,
+    model: nn.Module,
+    data: dict[str, Images],
+    settings: GenerationSettings,
+    losses: list[list[float]],
+    record: Record,
+) -> dict[str, Tensor]:
+    """The images of the run's mode, (calib_batchsize, 3, H, W), with the labels that they were generated for.
+
+    Where there is no data set, `held_out` are generated images of another seed, to compare the two models on.
+    """
+    count, seed, size = options.calib_batchsize, options.seed, model.patch_embed.img_size
+    if options.images:
+        with first_process_first():
+            images = load_images(options.images, size)
+        images |= {name: images[name][:count] for name in ("images", "labels") if name in images}
+    elif options.mode == 0:
+        images = {"images": generate_data(model, count, seed, settings, losses=losses, state=record.state)}
+        images["labels"] = draw_labels(count, model.num_classes, seed)
+    elif options.mode == 1:
+        images = {"images": draw_noise(count, size, seed)}
+    else:
+        with first_process_first():
+            images = {"images": draw_images(data["train"], count, seed)}
+    if "val" not in data and "held_out" not in images:
+        print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
+        state = record.state / "held-out"
+        images["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings, state=state)
+    return images
+
+
+def open_data(options: argparse.Namespace, dataset: Path | None, model: nn.Module) -> dict[str, Images]:
+    """The splits of the data set that the run needs: val, and train for real images; none without a data set."""
+    check_writable(options.output_dir or RUNS, 8 * options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size))
+    if not dataset:
+        return {}
+    transform = evaluation_transform(model)
+    data = {"val": validation_images(dataset, transform, model.num_classes, options.class_map, options.limit)}
+    if options.cache:
+        check_cache(data["val"], options.cache)
+    if not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir())):
+        data["train"] = Images(dataset, "train", transform)
+    return data
+
+
+def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:
+    """Accuracy of the models on the images of a split, which the processes of a torchrun share."""
+    loader = validation_loader(images, options.val_batchsize, options.num_workers, options.cache)
+    return evaluate(models, loader, options.print_freq)
+
+
+@by_first
+def leave_files(
+    options: argparse.Namespace, model: nn.Module, quantized: nn.Module, images: dict[str, Tensor], record: Record
+) -> None:
+    """Write what there is after calibration: images, ranges, and the files of --save and --export-onnx."""
+    if options.mode != 2:
+        save_images(record.folder / "images.safetensors", *normalization(model), **images)
+    record.write("ranges.json", activation_ranges(quantized))
+    if options.save:
+        save_quantized(options.save, quantized, options.model)
+    export(options, {"": quantized, ".float": model}, options.model)
+
+
+@by_first
+def export(options: argparse.Namespace, models: dict[str, nn.Module], name: str) -> None:
+    """Write the files of --export-onnx, the float model's beside the quantized one's; tell what was written."""
+    for suffix, model in models.items() if options.export_onnx else ():
+        file = options.export_onnx.with_suffix(f"{suffix}.onnx") if suffix else options.export_onnx
+        export_onnx(file, model, name, options.onnx_int4 and not suffix)
+    for file in (options.save, options.export_onnx):
+        if file:
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | None]:
     """Refuse what cannot work before any work is done; returns the device and the data set's root."""
-    if options.load:
+    dataset, loads = options.dataset, options.load is not None
+    if loads:
         for option in ("save", "checkpoint", "images", "skip_layers", "plots", "resume"):
             if getattr(options, option):
                 raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
@@ -167,166 +205,75 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
         raise InputError("--onnx-int4: goes with --export-onnx; got none")
     if options.images and options.mode != 0:
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
-    if options.class_map and not options.dataset:
+    if options.class_map and not dataset:
         raise InputError("--class-map: goes with --dataset; got none")
-    files = {"--images": options.images, "--checkpoint": options.checkpoint, "--class-map": options.class_map}
-    for option, file in files.items():
-        if file and not file.is_file():
-            raise InputError(f"{option} {file}: no such file")
-    outputs = [file.parent for file in (options.save, options.export_onnx) if file]
-    for folder in (options.output_dir or ROOT / "runs", options.cache, *outputs):
+    for option in ("images", "checkpoint", "class_map"):
+        if (file := getattr(options, option)) and not file.is_file():
+            raise InputError(f"--{option.replace('_', '-')} {file}: no such file")
+    for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
         if folder:
             check_writable(folder)
-    dataset = options.dataset
-    if not dataset and not options.load and options.model in DEMO_MODELS:
-        dataset = write_demo_data(ROOT / "data" / "demo")
+    if not dataset and not loads and options.model in DEMO_MODELS:
+        dataset = write_demo_data(DEMO_DATA)
     if dataset:
-        check_dataset(dataset, ["val", "train"] if options.mode == 2 and not options.load else ["val"])
-    elif options.mode == 2 and not options.load:
+        check_dataset(dataset, ["val", "train"] if options.mode == 2 and not loads else ["val"])
+    elif options.mode == 2 and not loads:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
     return device, dataset
-
-
-def open_images(dataset: Path | None, model: nn.Module, options: argparse.Namespace) -> dict[str, Images]:
-    """The splits of the data set that the run needs: val, and train for real images; none without a data set."""
-    if not dataset:
-        return {}
-    transform = evaluation_transform(model)
-    images = {"val": Images(dataset, "val", transform, options.limit)}
-    if options.class_map:
-        images["val"].map_classes(options.class_map, model.num_classes)
-    else:
-        images["val"].check_classes(model.num_classes)
-    if options.cache:
-        check_cache(images["val"], options.cache)
-    if not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir())):
-        images["train"] = Images(dataset, "train", transform)
-    return images
-
-
-def swap_layers(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
-    try:
-        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers)
-    except ValueError as error:
-        raise InputError(f"--skip-layers: {error}") from error
-
-
-def calibration_images(
-    model: nn.Module,
-    images: dict[str, Images],
-    options: argparse.Namespace,
-    settings: GenerationSettings,
-    losses: list[list[float]],
-    state: Path,
-) -> dict[str, Tensor]:
-    """The images of the run's mode, (calib_batchsize, 3, H, W), with the labels that they were generated for.
-
-    Where there is no data set, `held_out` are generated images of another seed, to compare the two models on.
-    """
-    count, seed = options.calib_batchsize, options.seed
-    if options.images:
-        with first_process_first():
-            tensors = load_images(options.images, model.patch_embed.img_size)
-        tensors |= {name: tensors[name][:count] for name in ("images", "labels") if name in tensors}
-    elif options.mode == 0:
-        tensors = {"images": generate_data(model, count, seed, settings, losses=losses, state=state)}
-        tensors["labels"] = draw_labels(count, model.num_classes, seed)
-    elif options.mode == 1:
-        tensors = {"images": draw_noise(model, count, seed)}
-    else:
-        with first_process_first():
-            tensors = {"images": draw_images(images["train"], count, seed)}
-    if "val" not in images and "held_out" not in tensors:
-        print(f"no --dataset: {HELD_OUT} more images are generated, to compare float and quantized model on")
-        tensors["held_out"] = generate_data(model, HELD_OUT, seed + HELD_OUT_SEED, settings, state=state / "held-out")
-    return tensors
-
-
-def draw_noise(model: nn.Module, count: int, seed: int) -> Tensor:
-    """Gaussian noise N(0, 1) of the model's input size: (count, 3, H, W)."""
-    return torch.randn(count, 3, *model.patch_embed.img_size, generator=stream(seed, "noise"))
-
-
-def images_by_kind(
-    model: nn.Module, images: dict[str, Images], tensors: dict[str, Tensor], options: argparse.Namespace
-) -> dict[str, Tensor]:
-    """Images of every kind that there are, to draw the ranges of: noise, the run's own, and real ones."""
-    count = len(tensors["images"])
-    kinds = {"noise": draw_noise(model, count, options.seed), MODES[options.mode]: tensors["images"]}
-    if "train" in images:
-        kinds["real"] = draw_images(images["train"], count, options.seed)
-    return kinds
-
-
-def write_models(
-    quantized: nn.Module, name: str, options: argparse.Namespace, float_model: nn.Module | None = None
-) -> None:
-    """Write the files of --save and --export-onnx; beside FILE.onnx, FILE.float.onnx of the float model."""
-    if options.save:
-        save_quantized(options.save, quantized, name)
-    if options.export_onnx:
-        export_onnx(options.export_onnx, quantized, name, options.onnx_int4)
-        if float_model:
-            export_onnx(options.export_onnx.with_suffix(".float.onnx"), float_model, name)
-    for file in (options.save, options.export_onnx):
-        if file:
-            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-
-
-def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:
-    """Accuracy of the models on the images of a split, which the processes of a torchrun share."""
-    workers = min(options.num_workers, available_cores())
-    with first_process_first():
-        val = CachedImages(images, options.cache, workers) if options.cache else images
-    loader = image_loader(Shard(val), options.val_batchsize, workers, pin_memory=torch.cuda.is_available())
-    return evaluate(models, loader, options.print_freq)
-
-
-def check_readable(results: dict, options: argparse.Namespace, folder: Path) -> None:
-    """Fail at the end of a run that met unreadable images, unless they may be left out."""
-    if results["unreadable"] and not (options.skip_bad and results["n"]):
-        count, some = len(results["unreadable"]), ", ".join(results["unreadable"][:5])
-        where = f", ..., all in {folder / 'results.json'}" if count > 5 else ""
-        raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")
-
-
-def run_name(options: argparse.Namespace) -> str:
-    """Name of the folder of a run without --output-dir."""
-    return f"{options.model}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy.")
-    add_model_options(parser)
-    add_bit_options(parser)
-    add_generation_options(parser)
-    add = parser.add_argument
+    group = parser.add_argument_group("what the paper has")
+    add_model(group)
+    add = group.add_argument
     add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
-    add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
+    add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
+    group = parser.add_argument_group("calibration images")
+    add = group.add_argument
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
-    add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
-    add("--limit", type=positive, metavar="N", help="evaluate on the first N validation images, in folder order (all)")
+    add_steps_and_seed(group)
     add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
-    add(
-        "--skip-layers",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="quantizers left in float, as 'blocks.0.*' (none)",
-    )
+    group = parser.add_argument_group("model files")
+    add_checkpoint(group)
+    add = group.add_argument
+    skip = "quantizers left in float, as 'blocks.0.*' (none)"
+    add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
     add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
     add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
     add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
     add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
-    add("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
-    add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
+    add("--limit", type=positive, metavar="N", help="evaluate on the first N validation images, in folder order (all)")
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
+    add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
+    add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
     add("--num-workers", type=natural, default=16, metavar="N", help="processes that decode, at most one a core (16)")
     add("--print-freq", type=positive, default=100, metavar="N", help="batches between running accuracies (100)")
+    add_computation(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
+    add_plots(group)
     return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Do what the command line asks for, and leave a folder with the results; returns what results.json holds."""
+    if options.deterministic:
+        make_deterministic()
+    with first_process_first():
+        device, dataset = check_options(options)
+    name = f"{options.model}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
+    method, name, resume = quantize_and_evaluate, name, options.resume
+    if options.load:
+        method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept
+    with open_record(options.output_dir, name, resume) as record:
+        results = method(options, device, dataset, record)
+        check_readable(results, options.skip_bad, record)
+    return results
 
 
 def main() -> None:

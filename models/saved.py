@@ -9,14 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import utils.environment
+import utils.run.environment
 from models.zoo import build_architecture, data_config, model_tag
 from quant import quantize_model, quantizer_bits
 from quant.convert import assign_bits
 from quant.integers import integer_state, load_integer_state
 from quant.onnx import to_onnx
-from utils.errors import InputError
-from utils.files import replacing
+from utils.run.errors import InputError
+from utils.run.files import replacing
 
 FORMAT_VERSION = 1
 _KEY = "psaq-vit"  # of the header among safetensors' metadata
@@ -31,7 +31,7 @@ def describe(model: nn.Module, name: str) -> dict:
         "img_size": list(model.patch_embed.img_size),
         "transform": data_config(model),
         "bits": quantizer_bits(model),
-        "versions": utils.environment.versions(),
+        "versions": utils.run.environment.versions(),
     }
 
 

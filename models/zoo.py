@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.demo import demo_swin, demo_vit
 from quant import UnsupportedModelError, check_supported
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 # The paper's models: the exact timm tag, and the crop ratio of the published figures. timm's own ratio for DeiT is
 # 0.9; an untagged swin_small would be another model, first trained on ImageNet-22k.

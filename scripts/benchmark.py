@@ -34,18 +34,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
 
-from generate_data import Batch, GenerationSettings, draw_labels, frozen, loss_terms
+from generate_data import TERMS, Batch, GenerationSettings, LossTerms, draw_labels, loss_terms, try_out
 from models import build_model
-from quant import calibrate, fuse_activations, quantize_model
-from utils.attention import attention_outputs
-from utils.compilation import REPEATED, compiled, fused_rounding
-from utils.environment import device_name, versions
-from utils.errors import exit_cleanly
-from utils.evaluate import CPU_BATCH
-from utils.files import check_writable, write_json
-from utils.options import Parser, pick_device, positive
-from utils.precision import PRECISIONS, float32_products, model_products
-from utils.progress import progress_bar
+from quant import calibrate, quantize_model
+from utils.attention import attention_outputs, frozen
+from utils.evaluate import CPU_BATCH, fuse_rounding
+from utils.run.compilation import REPEATED, compiled_when_called
+from utils.run.environment import device_name, versions
+from utils.run.errors import exit_cleanly
+from utils.run.files import check_writable, write_json
+from utils.run.optimisation import Optimisation
+from utils.run.options import Parser, pick_device, positive
+from utils.run.precision import PRECISIONS, float32_products, model_products
+from utils.run.progress import progress_bar
 
 
 def main() -> None:
@@ -127,22 +128,26 @@ def step_of(
     """The function that does one step of a kind, bare, step or transcription, as long as `contexts` are open."""
     torch.manual_seed(0)
     model = build_model(name, pretrained=False).to(device)
-    batch = new_batch(model, options)
     if kind == "transcription":
+        batch = new_batch(model, loss_terms(model, [], options.precision), options)
         return lambda: transcribed_step(model, batch, options.precision)
     contexts.enter_context(frozen(model))
     if kind == "bare":
-        return bare_step(model, batch, options)
+        return bare_step(model, new_batch(model, loss_terms(model, [], options.precision), options), options)
+    batch = new_batch(model, step_terms(model, options, contexts), options)
+    return lambda: batch.step(0)
+
+
+def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStack) -> LossTerms:
+    """The loss of generation as long as `contexts` are open, compiled if asked for."""
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
-    if options.compile:
-        terms = compiled(terms, batch.try_out, **REPEATED)
-    return lambda: batch.advance(terms)
+    return compiled_when_called(terms, try_out) if options.compile else terms
 
 
-def new_batch(model: nn.Module, options: argparse.Namespace) -> Batch:
+def new_batch(model: nn.Module, terms: LossTerms, options: argparse.Namespace) -> Batch:
     """Noise, as generation begins with it."""
     settings = GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
-    return Batch(model, draw_labels(options.batch, model.num_classes), 0, 0, settings, None)
+    return Batch(model, terms, draw_labels(options.batch, model.num_classes), 0, 0, settings)
 
 
 def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
@@ -193,7 +198,7 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     images = torch.randn(size, 3, *models["float"].patch_embed.img_size, device=device)
     models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
     if options.compile:
-        fuse_activations(models["quantized"], fused_rounding(device))
+        fuse_rounding(models["quantized"])
     with torch.inference_mode(), float32_products():
         passes = {kind: partial(model, images) for kind, model in models.items()}
         seconds = take_turns(passes, options.rounds, device)
@@ -205,15 +210,14 @@ def generation(name: str, options: argparse.Namespace, device: torch.device) -> 
     torch.compiler.reset()
     torch.manual_seed(0)
     model, seconds = build_model(name, pretrained=False).to(device), []
-    with frozen(model), attention_outputs(model) as outputs, float32_products(tf32=options.precision == "tf32"):
-        terms = loss_terms(model, outputs, options.precision)
-        for number in range(2):
+    with frozen(model), float32_products(tf32=options.precision == "tf32"), ExitStack() as contexts:
+        terms, total = step_terms(model, options, contexts), 2 * options.steps
+        for _ in range(2):
             start = time.perf_counter()
-            batch = new_batch(model, options)
-            if options.compile and not number:
-                terms = compiled(terms, batch.try_out, **REPEATED)
-            with progress_bar(total=2 * options.steps, desc="generating", unit="step") as bar:
-                batch.optimise(terms, bar, lambda: None)
+            batch = new_batch(model, terms, options)
+            kept = {"tensors": {"images": batch.images}, "optimizers": [batch.optimizer], "random": batch.random}
+            with progress_bar(total=total, desc="generating", unit="step") as bar:
+                Optimisation(batch.step, TERMS, total, **kept).run(bar, lambda: None)
             seconds.append(time.perf_counter() - start)
     return tuple(seconds)
 

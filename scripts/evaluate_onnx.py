@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils.environment  # isort: skip  # first: a broken installation is told in one line
+import utils.run.environment  # isort: skip  # first: a broken installation is told in one line
 
 import torch
 from timm.data import create_transform
@@ -32,13 +32,13 @@ from models import DEMO_MODELS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
-from utils.data import UNREADABLE, Images, check_dataset, image_loader
-from utils.errors import InputError, exit_cleanly
+from utils.data import UNREADABLE, check_dataset, image_loader, validation_images
 from utils.evaluate import count_correct
-from utils.files import check_writable, write_json
 from utils.fractals import write_demo_data
-from utils.options import Parser, available_cores, own_cores, positive
-from utils.progress import progress_bar
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable, write_json
+from utils.run.options import Parser, available_cores, own_cores, positive
+from utils.run.progress import progress_bar
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -178,7 +178,7 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
         if simulated:
             models["simulated"] = load_quantized(simulated)[0]
         results |= measure_accuracy(models, loader)
-    versions = utils.environment.versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    versions = utils.run.environment.versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return results | {"threads": threads, "machine": _machine(), "versions": versions}
 
 
@@ -221,8 +221,8 @@ def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     if not dataset:
         return None
     check_dataset(dataset, ["val"])
-    images = Images(dataset, "val", create_transform(**header["transform"], is_training=False), options.limit)
-    images.check_classes(header["num_classes"])
+    transform = create_transform(**header["transform"], is_training=False)
+    images = validation_images(dataset, transform, header["num_classes"], limit=options.limit)
     return image_loader(images, 50, min(16, available_cores()))
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 import torch
 from safetensors.torch import save
@@ -17,8 +17,8 @@ from models import DEMO_MODELS, build_model, model_tag
 from models.saved import save_quantized
 from models.zoo import PAPER_MODELS
 from quant import calibrate, quantize_model
-from utils.errors import exit_cleanly
-from utils.options import Parser
+from utils.run.errors import exit_cleanly
+from utils.run.options import Parser
 
 
 def size_ratio(name: str, w_bit: int) -> float:

@@ -24,10 +24,9 @@ from models import build_model, evaluation_transform, normalization
 from utils.attention import attention_outputs
 from utils.data import Images
 from utils.entropy import gaussian_kernel, patch_similarity, patch_similarity_entropy, patch_tokens
-from utils.errors import exit_cleanly
 from utils.fractals import write_demo_data
-from utils.images import load_images
-from utils.seeds import stream
+from utils.images import draw_noise, load_images
+from utils.run.errors import exit_cleanly
 
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#1d4ed8"
 
@@ -49,7 +48,7 @@ def main() -> None:
     count = len(tensors["images"])
     kinds = {
         "real image": torch.stack([val[i][0] for i in torch.arange(0, len(val), len(val) // count)[:count].tolist()]),
-        "Gaussian noise": torch.randn(count, 3, *size, generator=stream(0, "noise")),
+        "Gaussian noise": draw_noise(count, size, seed=0),
         "generated image": tensors["images"],
     }
     shown = {"real image": val[val.labels.index(label)][0], "generated image": tensors["images"][options.image]}

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.errors import InputError, exit_cleanly
+from utils.run.errors import InputError, exit_cleanly
 
 KEY = ("model", "w_bit", "a_bit", "mode", "seed")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")

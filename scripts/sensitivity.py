@@ -13,19 +13,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
 from torch import Tensor, nn
 
 from models import build_model
 from quant import calibrate, quantize_model, quantizer_bits
-from utils.errors import InputError, exit_cleanly
 from utils.evaluate import compare
-from utils.files import check_writable
 from utils.images import load_images
-from utils.options import Parser, add_bit_options, add_model_options, pick_device, positive
+from utils.options import add_bits, add_checkpoint, add_model
 from utils.plots import plot_sensitivity, require_matplotlib
-from utils.progress import progress_bar
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable
+from utils.run.options import DEVICE_HELP, Parser, pick_device, positive
+from utils.run.progress import progress_bar
 
 BLOCK = re.compile(r"^(?:layers\.\d+\.)?blocks\.\d+\.|^layers\.\d+\.")
 
@@ -58,9 +59,11 @@ def measure(model: nn.Module, images: Tensor, by: str, w_bit: int, a_bit: int) -
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    add_model_options(parser)
-    add_bit_options(parser)
+    add_model(parser)
+    add_checkpoint(parser)
+    add_bits(parser)
     add = parser.add_argument
+    add("--device", metavar="NAME", help=DEVICE_HELP)
     add(
         "--images", type=Path, required=True, metavar="FILE", help="images that generate_data.py or test_quant.py wrote"
     )

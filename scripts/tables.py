@@ -1,4 +1,4 @@
-"""Write the README's result tables from the result rows; with --check, fail if they are not what the rows say.
+"""Write the result tables of README and docs from the result rows; with --check, fail if they are not what rows say.
 
 python scripts/tables.py [--check]
 """
@@ -107,17 +107,24 @@ def provenance(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in (("demo", demo_table), ("precision", precision_table), ("paper", paper_table)):
+    check = "--check" in sys.argv[1:]
+    for name, (table, page) in TABLES.items():
+        text = (ROOT / page).read_text()
         begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"
         before, rest = text.split(begin)
-        text = before + begin + table(read_rows(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
-    if "--check" not in sys.argv[1:]:
-        readme.write_text(text)
-    elif text != readme.read_text():
-        sys.exit("README.md is out of date: run python scripts/tables.py")
+        written = before + begin + table(read_rows(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
+        if not check:
+            (ROOT / page).write_text(written)
+        elif written != text:
+            sys.exit(f"{page} is out of date: run python scripts/tables.py")
 
+
+# By the name of their rows: what makes the table, and the page that has it
+TABLES = {
+    "demo": (demo_table, "README.md"),
+    "precision": (precision_table, "docs/results.md"),
+    "paper": (paper_table, "docs/results.md"),
+}
 
 if __name__ == "__main__":
     main()

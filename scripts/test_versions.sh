@@ -18,6 +18,6 @@ for end in ${1:-oldest newest}; do
     [ -d "$VENVS/$end" ] || "$PYTHON" -m venv "$VENVS/$end"
     # shellcheck disable=SC2086
     "$VENVS/$end/bin/pip" install -q $versions -r requirements.txt -r requirements-dev.txt
-    echo "== $end: $("$VENVS/$end/bin/python" -c 'import utils.environment as e; print(e.versions())')"
+    echo "== $end: $("$VENVS/$end/bin/python" -c 'import utils.run.environment as e; print(e.versions())')"
     "$VENVS/$end/bin/python" -m pytest -q
 done

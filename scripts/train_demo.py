@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from models import demo
 from models.zoo import normalization
-from utils.files import replacing
 from utils.fractals import IMAGE_SIZE, IMAGES_PER_CLASS, NUM_CLASSES, render_round
+from utils.run.files import replacing
 
 ROUNDS = 1200  # of one image a class: 60,000 training images, none of them in data/demo
 MAX_SHIFT = 6  # pixels, the only augmentation

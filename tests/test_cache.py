@@ -9,7 +9,7 @@ from models import build_model, evaluation_transform
 from utils import cache
 from utils.cache import CachedImages, check_cache
 from utils.data import UNREADABLE, Images
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import test_quant
 from models import build_model, evaluation_transform
 from test_quant import parse, run
 from utils.data import Images
-from utils.errors import InputError
 from utils.evaluate import evaluate
-from utils.files import locked
-from utils.options import available_cores
+from utils.run.errors import InputError
+from utils.run.files import locked
+from utils.run.options import available_cores
 
 ROOT = Path(test_quant.__file__).parent
 QUICK = ["--steps", "2", "--calib-batchsize", "4", "--num-workers", "0", "--device", "cpu"]

@@ -19,7 +19,7 @@ from quant import (
     quantizer_bits,
 )
 from quant.modules import QuantizedWeight
-from utils.compilation import fused_rounding
+from utils.evaluate import fused_rounding
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 

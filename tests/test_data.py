@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_tensor
 
 from utils import data
 from utils.data import UNREADABLE, Images, check_dataset, draw_images, image_loader, read_class_map, read_image
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 
 def transform(image):

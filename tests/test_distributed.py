@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 import test_quant
 from generate_data import GenerationSettings, generate_data
 from utils.data import UNREADABLE, Shard, image_loader
-from utils.distributed import is_first, process_group, world_size
-from utils.errors import exit_cleanly
+from utils.run.distributed import is_first, process_group, world_size
+from utils.run.errors import exit_cleanly
 from utils.evaluate import evaluate
 
 class Fixed(torch.utils.data.Dataset):
@@ -81,7 +81,7 @@ BAD = {
     "load": (["--load", __file__], "error: "),
 }
 DIES = """
-from utils.distributed import gather, process_group, rank
+from utils.run.distributed import gather, process_group, rank
 with process_group():
     if rank() == 1:
         raise ValueError("the reason")

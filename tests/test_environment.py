@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import environment
-from utils.environment import SUPPORTED, unsupported
+from utils.run import environment
+from utils.run.environment import SUPPORTED, unsupported
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from quant import calibrate, quantize_model
 from quant.modules import QuantAct
 from utils.data import UNREADABLE, image_loader
-from utils.errors import InputError
 from utils.evaluate import compare, count_correct, evaluate
+from utils.run.errors import InputError
 
 
 class Fixed(torch.utils.data.Dataset):

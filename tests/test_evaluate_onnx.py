@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import test_quant
 from models.saved import read_onnx_header
 from test_quant import parse, run
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

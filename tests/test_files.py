@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from utils import cache, files
-from utils.errors import InputError, exit_cleanly
-from utils.files import check_writable, locked, new_run_folder, replacing, write_json
+from utils import cache
 from utils.images import save_images
+from utils.run import files
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable, locked, new_run_folder, replacing, write_json
 
 ROOT = Path(files.__file__).resolve().parent.parent
 ZERO, ONE = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
@@ -170,8 +171,8 @@ def in_a_small_disk(folder, size, code):
 def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path):
     code = f"""
 from pathlib import Path
-from utils.errors import exit_cleanly
-from utils.files import write_json
+from utils.run.errors import exit_cleanly
+from utils.run.files import write_json
 path = Path({str(tmp_path)!r}) / "a.json"
 write_json(path, dict(old=1))
 try:
@@ -186,7 +187,9 @@ finally:
 
 
 def test_a_full_disk_is_refused_before_the_work(tmp_path):
-    code = f"from pathlib import Path; from utils.files import check_writable; check_writable(Path({str(tmp_path)!r}))"
+    code = (
+        f"from pathlib import Path; from utils.run.files import check_writable; check_writable(Path({str(tmp_path)!r}))"
+    )
     process = in_a_small_disk(tmp_path, "512k", code)
     assert "expected 1 MiB of free space; the disk has 0" in process.stderr
 

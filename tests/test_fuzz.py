@@ -23,8 +23,8 @@ import test_quant
 from models.zoo import read_checkpoint
 from scripts.rows import COLUMNS, read_rows
 from utils.data import UNREADABLE, Images, read_class_map
-from utils.errors import InputError
 from utils.images import load_images
+from utils.run.errors import InputError
 
 EXAMPLES = 1000  # a reader
 

@@ -18,7 +18,7 @@ from models import normalization
 from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy, total_variation
-from utils.errors import exit_cleanly
+from utils.run.errors import exit_cleanly
 
 ROOT = Path(generation.__file__).parent
 QUICK = GenerationSettings(steps=5)

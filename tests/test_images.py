@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from utils.errors import InputError
 from utils.images import draw_grid, load_images, save_images
+from utils.run.errors import InputError
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from generate_data import GenerationSettings, generate_data
-from utils.errors import InputError
-from utils.memory import is_out_of_memory
+from utils.run.errors import InputError
+from utils.run.memory import is_out_of_memory
 
 QUICK = GenerationSettings(steps=3)
 

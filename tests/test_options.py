@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from test_quant import parse
-from utils.errors import InputError
-from utils.options import pick_device
+from utils.run.errors import InputError
+from utils.run.options import pick_device
 
 
 def test_defaults():

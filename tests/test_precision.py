@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from generate_data import GenerationSettings, generate_data
-from utils.precision import PRECISIONS, float32_products, model_products
+from utils.run.precision import PRECISIONS, float32_products, model_products
 
 
 def flags():

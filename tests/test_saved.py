@@ -10,7 +10,7 @@ from models import saved
 from models.saved import load_quantized, save_quantized
 from models.zoo import build_model, data_config
 from quant import calibrate, quantize_model, quantizer_bits
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

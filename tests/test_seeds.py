@@ -1,6 +1,6 @@
 import torch
 
-from utils.seeds import stream
+from utils.run.seeds import stream
 
 
 def test_a_stream_depends_on_its_arguments_alone():

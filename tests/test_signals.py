@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.signals import Stopped, stop_requests
+from utils.run.signals import Stopped, stop_requests
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
@@ -54,7 +54,7 @@ def test_in_another_thread_it_does_nothing():
 def test_the_second_signal_ends_the_process_at_once(second):
     lines = [
         "import os",
-        "from utils.signals import stop_requests",
+        "from utils.run.signals import stop_requests",
         "with stop_requests() as stop:",
         "    os.kill(os.getpid(), 2)",
         "    print(stop(), flush=True)",

@@ -11,8 +11,8 @@ from models import evaluation_transform, normalization
 from quant import calibrate, quantize_model
 from utils.data import Images, image_loader
 from utils.evaluate import evaluate
-from utils.files import write_json
 from utils.images import load_images, save_images
+from utils.run.files import write_json
 
 RUNS, WARM_UP = 200, 50
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 import generate_data as generation
 import test_quant
 from generate_data import GenerationSettings, generate_data
-from utils.errors import InputError, exit_cleanly
-from utils.files import locked
-from utils.signals import Stopped
-from utils.state import digest, load_state, save_state, unfinished
+from utils.run import optimisation
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import locked
+from utils.run.signals import Stopped
+from utils.run.state import digest, load_state, save_state, unfinished
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = GenerationSettings(steps=12, batch_size=2)  # 24 steps a batch, of which every tenth is kept
@@ -157,13 +158,13 @@ def test_swin_interrupted_twice(swin, tmp_path, interrupt):
 
 
 def test_a_signal_in_the_last_moment_is_not_lost(vit, tmp_path, monkeypatch):
-    save = generation.save_state
+    save = optimisation.save_state
 
     def late(*arguments):
         save(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(generation, "save_state", late)
+    monkeypatch.setattr(optimisation, "save_state", late)
     with pytest.raises(Stopped):
         generate(vit, tmp_path, num_images=2)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import build_model, data_config, evaluation_transform, model_tag, zoo
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Losses, random streams, data, evaluation and files: what the scripts share."""
+"""What the method needs beside models and quantizers: losses, attention, data, images, evaluation, pictures, words."""

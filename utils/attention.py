@@ -49,8 +49,8 @@ def layer_entropies(model: nn.Module, images: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """Name of the first layer whose output for `images` is not finite; None if all are."""
+def where_not_finite(model: nn.Module, images: Tensor) -> str:
+    """Say which layer is the first whose output for `images` (B, 3, H, W) is not finite."""
     names: list[str] = []
 
     def hook(name: str) -> Callable:
@@ -63,4 +63,19 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return names[0] if names else None
+    return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
+
+
+@contextmanager
+def frozen(model: nn.Module, checkpoint_activations: bool = False) -> Iterator[None]:
+    """Within the context the model is in evaluation mode and no parameter asks for a gradient."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval().requires_grad_(False)
+        model.set_grad_checkpointing(checkpoint_activations)
+        yield
+    finally:
+        model.set_grad_checkpointing(False)
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)

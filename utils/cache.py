@@ -7,15 +7,31 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
-from utils.data import Images, image_loader
-from utils.errors import InputError
-from utils.files import MEGABYTE, check_writable, replacing
-from utils.progress import progress_bar
+from utils.data import Images, Shard, image_loader
+from utils.run.distributed import first_process_first
+from utils.run.errors import InputError
+from utils.run.files import MEGABYTE, check_writable, replacing
+from utils.run.options import available_cores
+from utils.run.progress import progress_bar
+
+
+def validation_loader(images: Images, batch_size: int, workers: int, cache: Path | None = None) -> DataLoader:
+    """Batches of those images that fall to this process of a torchrun.
+
+    Args:
+        workers: processes that decode; no more than there are cores.
+        cache: a folder to keep the decoded images in.
+    """
+    workers = min(workers, available_cores())
+    with first_process_first():
+        val = CachedImages(images, cache, workers) if cache else images
+    return image_loader(Shard(val), batch_size, workers, pin_memory=torch.cuda.is_available())
 
 
 class CachedImages(Dataset):

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from utils.distributed import rank, world_size
-from utils.errors import InputError
-from utils.seeds import stream
+from utils.run.distributed import rank, world_size
+from utils.run.errors import InputError
+from utils.run.seeds import stream
 
 UNREADABLE = -1  # the label of an image that cannot be decoded
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes pass their tensors, on Linux
@@ -91,6 +91,27 @@ class Images(Dataset):
         if without := [name for name in self.classes if name not in lines]:
             raise InputError(f"--class-map {path}: expected a line for every folder; {_some('without', without)[:-2]}")
         self.labels = [lines[self.classes[label]][1] for label in self.labels]
+
+
+def validation_images(
+    root: Path,
+    transform: Callable[[Image.Image], Tensor],
+    num_classes: int,
+    class_map: Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """The validation split of a data set, with the labels of a classifier's outputs.
+
+    Args:
+        class_map: a file with the class of each folder; None where the order of their names is that of the classes.
+        limit: take the first so many, in the order of the folders; None for all.
+    """
+    images = Images(root, "val", transform, limit)
+    if class_map:
+        images.map_classes(class_map, num_classes)
+    else:
+        images.check_classes(num_classes)
+    return images
 
 
 def read_image(path: str | Path) -> Image.Image:

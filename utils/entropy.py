@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.precision import float32_products
+from utils.run.precision import float32_products
 
 BANDWIDTH = 0.01  # h of the Gaussian kernel (published implementation; the paper names the kernel only)
 POINTS = 10  # K, where the density is evaluated (published implementation)

@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from utils.errors import InputError
-from utils.files import replacing
+from utils.run.errors import InputError
+from utils.run.files import replacing
+from utils.run.seeds import stream
 
 TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
@@ -54,6 +55,11 @@ def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != tensors["images"].shape[:1]):
         raise InputError(f"--images {path}: expected an int64 label for each of the {len(tensors['images'])} images")
     return tensors
+
+
+def draw_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Gaussian noise N(0, 1): (count, 3, *size)."""
+    return torch.randn(count, 3, *size, generator=stream(seed, "noise"))
 
 
 def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:

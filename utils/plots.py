@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from quant import activation_ranges, calibrate, quantize_model
 from utils.attention import layer_entropies
-from utils.errors import InputError
-from utils.files import replacing
+from utils.data import Images, draw_images
+from utils.images import draw_noise
+from utils.run.distributed import by_first
+from utils.run.errors import InputError
+from utils.run.files import replacing
+from utils.run.record import Record
 
 COLOURS = {"generated": "#1d4ed8", "noise": "#9ca3af", "real": "#d97706"}
 INK, MUTED = "#1b1f24", "#6b7280"
@@ -48,6 +52,11 @@ def plot_generation(path: Path, losses: Tensor, before: list[float], after: list
     axes[3].set(title="entropy $H_l$ of each layer", xlabel="attention layer")
     axes[3].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.12), ncols=2)
     _save(figure, path)
+
+
+def plot_losses(path: Path, model: nn.Module, noise: Tensor, images: Tensor, losses: list[list[float]]) -> None:
+    """Draw how `images` came about from `noise` (B, 3, H, W): rows [L_PSE, L_OH, L_TV], one a step, and entropies."""
+    plot_generation(path, torch.tensor(losses), layer_entropies(model, noise), layer_entropies(model, images))
 
 
 def plot_ranges(path: Path, ranges: dict[str, dict[str, tuple[float, float]]]) -> None:
@@ -108,31 +117,38 @@ def plot_sensitivity(path: Path, title: str, errors: dict[str, float]) -> None:
     _save(figure, path)
 
 
+@by_first
 def plot_run(
-    folder: Path, model: nn.Module, quantized: nn.Module, kinds: dict[str, Tensor], images: Tensor, losses: list
+    record: Record,
+    model: nn.Module,
+    quantized: nn.Module,
+    images: Tensor,
+    kind: str,
+    real: Images | None,
+    losses: list[list[float]],
+    seed: int,
 ) -> None:
     """Draw what a run of test_quant.py has to show: generation.png, ranges.png and noise.png.
 
     Args:
         model, quantized: the float model and its calibrated copy.
-        kinds: calibration images of every kind to compare, by name.
-        images: those that the run calibrated on.
+        images, kind: what the run calibrated on, (B, 3, H, W), of kind "generated", "noise" or "real".
+        real: photographs to draw as many of, to compare with; None where there are none.
         losses: rows [L_PSE, L_OH, L_TV], one a step; empty if nothing was generated.
+        seed: of the noise and of the choice of photographs.
     """
+    kinds = {"noise": draw_noise(len(images), model.patch_embed.img_size, seed), kind: images}
+    if real:
+        kinds["real"] = draw_images(real, len(images), seed)
     if losses:
-        plot_generation(
-            folder / "generation.png",
-            torch.tensor(losses),
-            layer_entropies(model, kinds["noise"]),
-            layer_entropies(model, images),
-        )
+        plot_losses(record.folder / "generation.png", model, kinds["noise"], images, losses)
     ranges = {
         kind: activation_ranges(calibrate(quantize_model(copy.deepcopy(model)), kinds[kind]))
         for kind in COLOURS
         if kind in kinds
     }
-    plot_ranges(folder / "ranges.png", ranges)
-    plot_noise(folder / "noise.png", signal_to_noise(model, quantized, images))
+    plot_ranges(record.folder / "ranges.png", ranges)
+    plot_noise(record.folder / "noise.png", signal_to_noise(model, quantized, images))
 
 
 @torch.no_grad()

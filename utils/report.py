@@ -1,38 +1,37 @@
 """What a run has to say: the contents of results.json, and its lines on the screen."""
 
 import argparse
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import utils.environment
-from models import model_tag
+import utils.run.environment
 from quant import quantizer_bits
 from quant.quantizers import FLOAT_BITS
+from utils.run.distributed import by_first
+from utils.run.errors import InputError
+from utils.run.record import Record
 
 MODES = {0: "generated", 1: "noise", 2: "real"}
 HELD_OUT = 32  # generated images to compare the two models on where there is no data set
 
 
 def collect(
-    options: argparse.Namespace,
-    device: torch.device,
-    seconds: dict[str, float],
-    quantized: nn.Module,
-    measured: dict,
-    calibration_images: int,
-    precision: str | None,
+    options: argparse.Namespace, tag: str, precision: str, quantized: nn.Module, images: Tensor, measured: dict
 ) -> dict:
-    """What results.json holds; accuracies are None where they were not measured, `precision` if none was generated."""
+    """What results.json says of the method; accuracies are None where they were not measured.
+
+    Args:
+        tag: of the model, exactly.
+        precision: of generation's products.
+        images: those that were calibrated on.
+        measured: what utils.evaluate returned.
+    """
     skipped = [name for name, bits in quantizer_bits(quantized).items() if bits == FLOAT_BITS]
     return {
         "model": options.model,
-        "tag": model_tag(options.model),
+        "tag": tag,
         "w_bit": options.w_bit,
         "a_bit": options.a_bit,
         "mode": options.mode,
@@ -46,27 +45,27 @@ def collect(
         "logit_error": measured.get("logit_error"),
         "skipped": skipped if options.skip_layers else [],
         "unreadable": measured.get("unreadable", []),
-        "calibration_images": calibration_images,
-        "precision": precision,
-    } | provenance(options, device, seconds)
-
-
-def provenance(options: argparse.Namespace, device: torch.device, seconds: dict[str, float]) -> dict:
-    """What every results.json says of its run: times, machine, versions, options."""
-    return {
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "device": utils.environment.device_name(device),
-        "versions": utils.environment.versions(),
-        "commit": utils.environment.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "calibration_images": len(images),
+        "precision": precision if options.mode == 0 else None,
     }
 
 
-def headline(options: argparse.Namespace, device: torch.device) -> str:
+def collect_saved(header: dict, measured: dict) -> dict:
+    """What results.json says of a model that was loaded with the header of its file."""
+    return {
+        "model": header["model"],
+        "tag": header["tag"],
+        "n": measured["n"],
+        "top1": measured["quantized_top1"],
+        "top5": measured["quantized_top5"],
+        "unreadable": measured["unreadable"],
+    }
+
+
+def headline(options: argparse.Namespace, tag: str, device: torch.device) -> str:
     """What is about to be done."""
-    where = utils.environment.device_name(device)
-    return f"{model_tag(options.model)}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]} images, {where}"
+    where = utils.run.environment.device_name(device)
+    return f"{tag}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]} images, {where}"
 
 
 def report(results: dict) -> str:
@@ -89,9 +88,26 @@ def report(results: dict) -> str:
     return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long the block takes, as seconds[stage]."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+def report_saved(results: dict, file: Path) -> str:
+    """The results of a model from a file, as a person reads them."""
+    return (
+        f"{results['tag']}, {file}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %\n"
+        f"{results['n']} images in {results['seconds']['evaluate']:.1f} s"
+    )
+
+
+@by_first
+def publish(record: Record, results: dict, text: str) -> None:
+    """Write results.json, and print what a person reads."""
+    record.write("results.json", results)
+    print(text, f"results: {record.folder}", sep="\n")
+
+
+@by_first
+def check_readable(results: dict, skip_bad: bool, record: Record) -> None:
+    """Fail at the end of a run that met unreadable images, unless they may be left out."""
+    unreadable = results.get("unreadable")
+    if unreadable and not (skip_bad and results["n"]):
+        count, some = len(unreadable), ", ".join(unreadable[:5])
+        where = f", ..., all in {record.folder / 'results.json'}" if count > 5 else ""
+        raise InputError(f"{count} images are not readable ({some}{where}); leave them out with --skip-bad")

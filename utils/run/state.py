@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from utils.distributed import is_first
-from utils.errors import InputError
-from utils.files import check_writable, locked, replacing
+from utils.run.distributed import is_first
+from utils.run.errors import InputError
+from utils.run.files import check_writable, locked, replacing
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any]) -> None:

@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from quant.quantizers import fake_quantize_
-from utils.progress import note
+from utils.run.progress import note
 
 # For what is called very often with the same shapes: on a GPU its kernels are then replayed as CUDA graphs
 REPEATED = {"dynamic": False, "mode": "reduce-overhead"}
@@ -36,15 +33,19 @@ def compiled(function: Callable, trial: Callable[[Callable], object], **options:
     return function
 
 
-@cache  # for all models of a process, as torch.compile keeps but a few variants of a function
-def fused_rounding(device: torch.device) -> Callable[..., Tensor]:
-    """quant.quantizers.fake_quantize_ in one pass instead of six, to the same bits; it has no gradient."""
-    scale, zero_point = torch.ones((), device=device), torch.zeros((), device=device)
-    exact = {"eager_numerics.division_rounding": True}  # on a GPU division would be off by a bit
+def compiled_when_called(function: Callable, trial: Callable, begin: Callable[[], None] = lambda: None) -> Callable:
+    """`function`, compiled on its first call for many more with arguments of the same shapes.
 
-    @torch.inference_mode()
-    def trial(kernel: Callable[..., Tensor]) -> Tensor:
-        return kernel(torch.ones(8, device=device), scale, zero_point, (0, 255))
+    Args:
+        trial: is given the compiled function and these arguments, and calls it as it will be called.
+        begin: is called before.
+    """
+    fast: list[Callable] = []
 
-    fast = compiled(fake_quantize_, trial, dynamic=True, options=exact)
-    return lambda x, *grid: fast(x.data, *grid)  # data: what x may be a view of would make a variant of each shape
+    def call(*arguments: Any) -> Any:
+        if not fast:
+            begin()
+            fast.append(compiled(function, lambda candidate: trial(candidate, *arguments), **REPEATED))
+        return fast[0](*arguments)
+
+    return call

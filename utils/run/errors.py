@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from utils.signals import Stopped
+from utils.run.signals import Stopped
 
 
 class InputError(ValueError):

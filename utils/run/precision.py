@@ -24,3 +24,10 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 def model_products(precision: str, device: torch.device) -> torch.autocast | nullcontext:
     """The context for a model's forward pass: bfloat16 products where asked for; softmax and norms stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def default_precision(device: torch.device) -> str:
+    """What is fast on a device without a loss of accuracy: bf16 on a GPU that has it, else fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from utils.distributed import is_first
+from utils.run.distributed import is_first
 
 
 def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:

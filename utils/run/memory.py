@@ -1,6 +1,7 @@
 """Telling that there is no memory left from other errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -30,3 +31,18 @@ def attempt(function: Callable[[], Result]) -> Result | None:
         if not is_out_of_memory(error):
             raise
         return None
+
+
+@torch.compiler.set_stance("force_eager")  # compiling for each size would take minutes
+def what_fits(function: Callable[[int], object], size: int, advice: Sequence[str] = ()) -> str:
+    """What to say when there is not the memory for `size` images: `advice`, and how many there would be for.
+
+    Args:
+        function: computes with as many images as it is told, and changes nothing.
+    """
+    torch.compiler.reset()  # CUDA graphs hold memory
+    fits = size // 2
+    while fits and attempt(partial(function, fits)) is None:
+        fits //= 2
+    advice = [*advice, *([f"{fits} images at a time would fit"] if fits else [])]
+    return f"with {size} images: {', and '.join(advice) or 'not even one would fit'}"

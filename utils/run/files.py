@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.run.errors import InputError
 
 MEGABYTE = 2**20
 

@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The project's git commit, with "+" if code or weights differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

@@ -8,13 +8,15 @@ the others.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # while others wait, one process may optimise images for long
 
 
@@ -53,6 +55,16 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process reports, and writes files."""
     return rank() == 0
+
+
+def by_first(function: Callable[..., T]) -> Callable[..., T | None]:
+    """`function`, called by the first process only: for what prints and writes. The others get None."""
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> T | None:
+        return function(*arguments, **options) if is_first() else None
+
+    return call
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What any long computation needs, whatever it computes. Nothing here imports anything else of the project."""
