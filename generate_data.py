@@ -234,7 +234,8 @@ def generation_settings(options: argparse.Namespace, device: torch.device) -> Ge
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description="Generate images from a vision transformer, with no data.")
+    usage = "%(prog)s [--model NAME] [--num-images N] [--output FILE] [further options]"
+    parser = Parser(usage=usage, description="Generate images from a vision transformer, with no data.")
     images, output = parser.add_argument_group("images"), parser.add_argument_group("output")
     add_model(images)
     add_checkpoint(images)

@@ -224,7 +224,9 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description="Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy.")
+    usage = "%(prog)s [--model NAME] [--dataset DIR] [--w_bit BITS] [--a_bit BITS] [--mode MODE] [further options]"
+    what = "Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy."
+    parser = Parser(usage=usage, description=what)
     group = parser.add_argument_group("what the paper has")
     add_model(group)
     add = group.add_argument
