@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import build_model, model_tag, normalization
 from quant import is_calibrated
-from utils.attention import attention_outputs, frozen, where_not_finite
+from utils.attention import attention_outputs, first_not_finite, frozen
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.images import draw_noise, save_images
 from utils.options import add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
@@ -126,7 +126,7 @@ def generate_data(
                 random=batch.random,
                 file=state and state / f"batch-{index}.safetensors",
                 identity={**identity, "labels": labels.tolist()},
-                not_finite=partial(where_not_finite, model, batch.images.detach()),
+                not_finite=batch.where_not_finite,
                 out_of_memory=partial(what_fits, batch.try_out, len(labels), advice),
             )
             bar.update(optimisation.done)
@@ -182,6 +182,11 @@ class Batch:
         offset = torch.randint(-reach, reach + 1, (), generator=self.random).item()
         shifted = self.images.roll((offset, offset), dims=(2, 3))
         return shifted.flip(3) if torch.rand((), generator=self.random) < 0.5 else shifted
+
+    def where_not_finite(self) -> str:
+        """Name the layer in which a loss stops being finite."""
+        layer = first_not_finite(self.model, self.images.detach())
+        return f"{layer} is the first layer that is not" if layer else "all layers were finite before"
 
     def try_out(self, size: int) -> Tensor:
         """The gradient for the first `size` images."""

@@ -49,8 +49,8 @@ def layer_entropies(model: nn.Module, images: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def where_not_finite(model: nn.Module, images: Tensor) -> str:
-    """Say which layer is the first whose output for `images` (B, 3, H, W) is not finite."""
+def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
+    """Name of the first layer whose output for `images` is not finite; None if all are."""
     names: list[str] = []
 
     def hook(name: str) -> Callable:
@@ -63,7 +63,7 @@ def where_not_finite(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
+    return names[0] if names else None
 
 
 @contextmanager

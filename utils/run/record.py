@@ -10,6 +10,7 @@ import torch
 
 import utils.run.environment
 from utils.run.distributed import first_process_first, is_first
+from utils.run.errors import InputError
 from utils.run.files import check_writable, locked, new_run_folder, write_json
 from utils.run.state import unfinished
 
@@ -84,7 +85,7 @@ def open_record(folder: Path | None, name: str, resume: bool | None = None) -> I
             else:
                 with unfinished(place.parent / f"{place.name}.unfinished", resume) as state:
                     yield Record(folder, name, state)
-    except BaseException:
+    except InputError:
         if made and is_first():
             with suppress(OSError):  # there is something in it
                 folder.rmdir()
