@@ -203,6 +203,18 @@ def test_help_names_every_option_with_its_default():
         assert default in text
     for option in ("--model", "--dataset", "--w_bit", "--w-bit", "--a_bit", "--mode", "--checkpoint", "--images"):
         assert option in text
+    groups = (
+        "what the paper has:",
+        "calibration images:",
+        "model files:",
+        "evaluation:",
+        "how it is computed:",
+        "output:",
+    )
+    places = [text.index(group) for group in groups]
+    assert places == sorted(places)
+    for option in ("--model NAME", "--dataset DIR", "--w_bit BITS", "--a_bit BITS", "--mode {0,1,2}"):
+        assert places[0] < text.index(option, places[0]) < places[1]
 
 
 def test_torchvision_that_does_not_fit_is_told_in_one_line(tmp_path):

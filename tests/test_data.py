@@ -124,10 +124,16 @@ def test_another_number_of_classes_is_refused(image_root):
         images.check_classes(10)
 
 
-def test_imagenet_folders_are_compared_by_name(tmp_path):
+def imagenet_folders(folder, and_also):
+    """Empty folders of ImageNet's 1,000 names, and one more with images; returns the names."""
     names = ImageNetInfo().label_names()
-    make(tmp_path / "val", names, images=0)
-    make(tmp_path / "val", ["n99999999"])
+    make(folder, names, images=0)
+    make(folder, [and_also])
+    return names
+
+
+def test_imagenet_folders_are_compared_by_name(tmp_path):
+    names = imagenet_folders(tmp_path / "val", and_also="n99999999")
     with pytest.raises(InputError, match=r"1 unknown \(n99999999\)"):
         Images(tmp_path, "val", transform).check_classes(1000)
     shutil.rmtree(tmp_path / "val" / names[0])  # again 1000 folders, and every label off by one
@@ -139,9 +145,7 @@ def test_imagenet_folders_are_compared_by_name(tmp_path):
 
 
 def test_imagenet_folders_too_few_or_of_an_editor_are_refused(tmp_path):
-    names = ImageNetInfo().label_names()
-    make(tmp_path / "val", names, images=0)
-    make(tmp_path / "val", [".ipynb_checkpoints"])
+    names = imagenet_folders(tmp_path / "val", and_also=".ipynb_checkpoints")
     with pytest.raises(InputError, match=r"found 1001: 1 unknown \(\.ipynb_checkpoints\)"):
         Images(tmp_path, "val", transform).check_classes(1000)
     for name in (".ipynb_checkpoints", names[7], names[9]):
