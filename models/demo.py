@@ -1,4 +1,4 @@
-"""The two small models that come with the project, trained on utils/fractals.py by scripts/train_demo.py."""
+"""The small models that come with the project, trained by scripts/train.py on fractals and on photographs."""
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +22,27 @@ def demo_swin(num_classes: int = NUM_CLASSES, img_size: int | tuple[int, int] = 
         embed_dim=48,
         depths=(2, 4),
         num_heads=(2, 4),
+        num_classes=num_classes,
+        drop_path_rate=0.0,
+    )
+
+
+def cifar_vit(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> VisionTransformer:
+    """A ViT of 1.2 M parameters on 64 patches of 4x4 pixels."""
+    return VisionTransformer(
+        img_size=img_size, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=num_classes
+    )
+
+
+def cifar_swin(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> SwinTransformer:
+    """A Swin of 1.5 M parameters: 16x16 patches of 2x2 pixels in windows of 4x4, then 8x8 of them, then 4x4."""
+    return SwinTransformer(
+        img_size=img_size,
+        patch_size=2,
+        window_size=4,
+        embed_dim=48,
+        depths=(2, 4, 2),
+        num_heads=(2, 4, 8),
         num_classes=num_classes,
         drop_path_rate=0.0,
     )

@@ -1,0 +1,266 @@
+"""Train a model that comes with the project: python scripts/train.py cifar_vit. Interrupt it at will; the same command
+goes on.
+
+Leaves models/<name>.safetensors when done, and checkpoints in runs/train/ on the way. Images, their order and the
+initial weights follow from the seed. Two models at once, a thread each, is how two CPU cores are used best.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import build_sincos2d_pos_embed, set_fused_attn
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import demo
+from models.zoo import normalization
+from utils import fractals
+from utils.run.files import replacing
+
+ROUNDS = 1200  # of fractals, one image a class: 60,000 training images, none of them in data/demo
+MAX_SHIFT = 6  # pixels, of fractals: their only augmentation
+PADDING = 4  # pixels around a photograph, of which a crop is taken
+
+
+def cosine_cycles(*cycles: int, warm_up: int = 400) -> list[float]:
+    """The learning rate of every step as a fraction of the largest: warm-up, then cosine to zero, in each cycle.
+
+    Every cycle's largest rate is half of that before.
+    """
+    return [
+        min(1.0, (step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2) / 2**cycle
+        for cycle, steps in enumerate(cycles)
+        for step in range(steps)
+    ]
+
+
+def trapezoid(steps: int, decay: int, warm_up: int = 400) -> list[float]:
+    """The same with a constant rate between the warm-up and `decay` steps of a linear fall to zero."""
+    return [min(1.0, (step + 1) / warm_up, (steps - step) / decay) for step in range(steps)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    data: str  # fractals or photographs
+    factors: list[float]  # one a step: the learning rate as a fraction of the largest
+    batch_size: int
+    lr: float  # AdamW's largest learning rate
+    muon_lr: float | None  # Muon's, for the weights between patch embedding and classifier; None: AdamW for all
+    dtype: torch.dtype  # of the weights in the file
+
+
+RECIPES = {
+    "demo_vit": Recipe("fractals", cosine_cycles(5000), 64, 1e-3, None, torch.float32),
+    "demo_swin": Recipe("fractals", cosine_cycles(3750, 1875), 64, 1e-3, None, torch.float32),
+    "cifar_vit": Recipe("photographs", trapezoid(6000, decay=2000), 128, 3e-3, 0.02, torch.float16),
+    "cifar_swin": Recipe("photographs", trapezoid(6000, decay=2000), 128, 3e-3, 0.02, torch.float16),
+}
+KEPT_EVERY = 1000  # steps between the checkpoints that stay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=RECIPES)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the images (0)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (all cores)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = ROOT / "runs" / "train"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    recipe = RECIPES[options.model]
+    data = {"fractals": Fractals, "photographs": Photographs}[recipe.data](folder, workers=options.threads)
+    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
+    torch.manual_seed(options.seed)
+    model = build(options.model).to(options.device)
+    optimizers = make_optimizers(model, recipe)
+    steps, start = len(recipe.factors), 0
+    name = f"{options.model}_seed{options.seed}"
+    checkpoint = folder / f"{name}.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+        print(f"going on from step {start} of {steps}", flush=True)
+
+    began, mean_loss = time.monotonic(), 0.0
+    for step in range(start, steps):
+        images, labels = data.draw_batch(recipe.batch_size, options.seed, step)
+        images, labels = images.to(options.device), labels.to(options.device)
+        model.train()
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        loss.backward()
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * recipe.factors[step]
+            optimizer.step()
+            optimizer.zero_grad()
+        mean_loss = loss.item() if step == start else 0.98 * mean_loss + 0.02 * loss.item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            rate = (step + 1 - start) * recipe.batch_size / (time.monotonic() - began)
+            print(f"step {step + 1}/{steps}  loss {mean_loss:.3f}  {rate:.0f} images/s", flush=True)
+        if (step + 1) % 1000 == 0:
+            print(f"step {step + 1}/{steps}  val top-1 {top1(model, data.val, options.device):.2f} %", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}
+            with replacing(checkpoint) as draft:
+                torch.save(state | {"step": step + 1}, draft)
+        if (step + 1) % KEPT_EVERY == 0:
+            write_weights(model, recipe.dtype, folder / f"{name}_step{step + 1}.safetensors", {"step": step + 1})
+
+    weights = {name: value.to(recipe.dtype) for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    record = {"seed": options.seed, "images": steps * recipe.batch_size}
+    record |= {"val_top1": top1(model, data.val, options.device), "val_images": len(data.val[0])}
+    record |= {"torch": torch.__version__, "timm": timm.__version__, "device": options.device}
+    target = ROOT / "models" / f"{options.model}.safetensors"
+    write_weights(model, recipe.dtype, target, record)
+    print(f"wrote {target}: {json.dumps(record)}")
+
+
+def build(name: str) -> nn.Module:
+    """A model with random weights; the attention of cifar_vit starts local, as short training does not get it there.
+
+    Its positions start as sinusoids, and each head's keys as its queries, so that a patch sees patches like it and
+    near it (after Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
+    """
+    model = getattr(demo, name)()
+    if name == "cifar_vit":
+        with torch.no_grad():
+            width, grid = model.embed_dim, list(model.patch_embed.grid_size)
+            model.pos_embed[0, 1:] = build_sincos2d_pos_embed(grid, width)
+            for block in model.blocks:
+                queries, keys, _ = block.attn.qkv.weight.chunk(3)
+                keys.copy_(queries.normal_(0, width**-0.5))
+    return model
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers, each with its largest learning rate."""
+    matrices = [value for name, value in model.named_parameters() if recipe.muon_lr and is_inner_matrix(name, value)]
+    taken = {id(value) for value in matrices}
+    rest = [value for value in model.parameters() if id(value) not in taken]
+    optimizers = [(torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.05), recipe.lr)]
+    if matrices:
+        optimizers.append((torch.optim.Muon(matrices, weight_decay=0.02), recipe.muon_lr))
+    return optimizers
+
+
+def is_inner_matrix(name: str, value: Tensor) -> bool:
+    """Is this the weight of a linear layer between patch embedding and classifier?"""
+    return value.ndim == 2 and name.endswith(".weight") and not name.startswith("head.")
+
+
+class Fractals:
+    """The demo's classes, in images of their own."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.train = render_training_images(folder / "fractals.npy", workers)
+        val = [fractals.render_round("val", i) for i in range(fractals.IMAGES_PER_CLASS["val"])]
+        labels = torch.arange(fractals.NUM_CLASSES).repeat(len(val))
+        self.val = torch.from_numpy(np.concatenate(val)), labels
+
+    def draw_batch(self, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Draw `size` images, each shifted at random (borders reflected); returns images and labels."""
+        rng = np.random.default_rng([seed, step])
+        labels = rng.integers(0, fractals.NUM_CLASSES, size)
+        images = torch.from_numpy(self.train[rng.integers(0, ROUNDS, size), labels])
+        padded = F.pad(normalize(images), [MAX_SHIFT] * 4, mode="reflect")
+        offsets = rng.integers(0, 2 * MAX_SHIFT + 1, (size, 2))
+        shifted = [
+            image[:, y : y + fractals.IMAGE_SIZE, x : x + fractals.IMAGE_SIZE]
+            for image, (y, x) in zip(padded, offsets, strict=True)
+        ]
+        return torch.stack(shifted), torch.from_numpy(labels)
+
+
+def render_training_images(path: Path, workers: int) -> np.ndarray:
+    """Render the training images once into a file of about 740 MB; returns (ROUNDS, classes, size, size, 3)."""
+    if not path.exists():
+        draft = path.with_name(f".{os.getpid()}.npy")
+        shape = (ROUNDS, fractals.NUM_CLASSES, fractals.IMAGE_SIZE, fractals.IMAGE_SIZE, 3)
+        images = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+        with ProcessPoolExecutor(workers) as pool:
+            rendered = pool.map(fractals.render_round, ["training"] * ROUNDS, range(ROUNDS))
+            for index, images_of_round in enumerate(rendered):
+                images[index] = images_of_round
+        images.flush()
+        os.replace(draft, path)
+    return np.load(path)
+
+
+class Photographs:
+    """CIFAR-10: every epoch has each of the 50,000 images at most once, in an order of its own."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.val = read_photographs(ROOT / "data" / "cifar10" / "val")
+        images, self.labels = read_photographs(ROOT / "data" / "cifar10" / "train")
+        padded = F.pad(images.permute(0, 3, 1, 2).float(), [PADDING] * 4, mode="reflect")
+        self.padded = padded.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        self.size = images.shape[1]
+
+    def draw_batch(self, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Draw `size` images, each cropped and mirrored at random; returns images and labels."""
+        rng = np.random.default_rng([seed, step])
+        epoch, batch = divmod(step, len(self.labels) // size)
+        order = np.random.default_rng([seed, epoch, 1]).permutation(len(self.labels))
+        chosen = torch.from_numpy(order[batch * size : (batch + 1) * size])
+        side = np.arange(self.size)
+        rows, columns = rng.integers(0, 2 * PADDING + 1, (2, size, 1)) + side
+        columns = np.where(rng.random((size, 1)) < 0.5, columns, columns[:, ::-1])
+        rows, columns = torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None]
+        return normalize(self.padded[chosen[:, None, None], rows, columns]), self.labels[chosen]
+
+
+def read_photographs(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read an image folder; returns uint8 (N, H, W, 3) and labels."""
+    samples = ImageFolder(str(folder)).samples
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in samples])
+    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W)."""
+    mean, std = normalization()
+    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, val: tuple[Tensor, Tensor], device: str) -> float:
+    """Top-1 in percent on the validation images, in float32."""
+    model.eval()
+    predictions = [model(normalize(images).to(device)).argmax(1).cpu() for images in val[0].split(250)]
+    return 100 * (torch.cat(predictions) == val[1]).float().mean().item()
+
+
+def write_weights(model: nn.Module, dtype: torch.dtype, path: Path, record: dict) -> None:
+    """Write a model's weights, with a record of their training in the file."""
+    weights = {name: value.to(dtype).contiguous().cpu() for name, value in model.state_dict().items()}
+    with replacing(path) as draft:
+        save_file(weights, draft, metadata={"training": json.dumps(record)})
+
+
+if __name__ == "__main__":
+    main()
