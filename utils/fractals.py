@@ -7,20 +7,19 @@ them and lays the shape on coloured 1/f noise. Everything follows from fixed see
     data/demo/{train,val}/class_00/0000.png ...        the ImageFolder layout, as ImageNet has it
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils.run.files import new_folder
 
 NUM_CLASSES = 50
 IMAGE_SIZE = 64
 IMAGES_PER_CLASS = {"train": 20, "val": 40}
 
 _SEED = 20220302  # names the data set: another seed is another set of classes
-_STREAMS = {"classes": 0, "train": 1, "val": 2, "training": 3}  # "training": scripts/train_demo.py's own images
+_STREAMS = {"classes": 0, "train": 1, "val": 2, "training": 3}  # "training": scripts/train.py's own images
 _MAPS = 5  # an iterated function system has 2 to 5 maps; unused ones get probability zero
 _PARTICLES, _STEPS, _BURN_IN = 128, 40, 10  # chaos game: points walked at once, steps kept, steps dropped
 _JITTER = 0.08  # of the maps' parameters, relative
@@ -86,9 +85,7 @@ def write_demo_data(root: Path) -> Path:
     """
     if root.is_dir():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".demo-", dir=root.parent))
-    try:
+    with new_folder(root) as draft:
         for split, count in IMAGES_PER_CLASS.items():
             folders = [draft / split / f"class_{label:02d}" for label in range(NUM_CLASSES)]
             for folder in folders:
@@ -96,13 +93,6 @@ def write_demo_data(root: Path) -> Path:
             for index in range(count):
                 for folder, image in zip(folders, render_round(split, index), strict=True):
                     Image.fromarray(image).save(folder / f"{index:04d}.png")
-        draft.chmod(0o755)
-        os.rename(draft, root)
-    except OSError:
-        if not root.is_dir():  # otherwise another process finished first, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return root
 
 

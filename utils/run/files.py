@@ -62,6 +62,29 @@ def check_writable(folder: Path, space: int = MEGABYTE) -> None:
         )
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write to; it becomes `path` when the block ends well, else it is removed.
+
+    Where another process makes `path` meanwhile, that one stays: only for folders whose content is always the same.
+
+    Raises:
+        InputError: the folder cannot be written, as on a full disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            os.rename(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        if not path.is_dir():
+            raise InputError(f"{path}: cannot be written ({error})") from error
+
+
 def new_run_folder(parent: Path, name: str) -> Path:
     """Create parent/name, or parent/name-2, -3, ... if that is there: a run never touches another's files."""
     check_writable(parent)
