@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from models import build_model, model_tag, normalization
+from models import build_model, model_tag, normalization, resized_size
 from quant import is_calibrated
 from utils.attention import attention_outputs, first_not_finite, frozen
 from utils.entropy import patch_similarity_entropy, total_variation
-from utils.images import draw_noise, save_images
+from utils.images import draw_noise, save_folder, save_images
 from utils.options import add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
 from utils.plots import plot_losses, require_matplotlib
 from utils.run.compilation import compiled_when_called
@@ -40,6 +40,7 @@ from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
 from utils.run.state import digest, unfinished
 
+FORMATS = (".safetensors", ".npy", "")  # of --output
 TERMS = ("L_PSE", "L_OH", "L_TV")  # of the loss
 LossTerms = Callable[[Tensor, Tensor, Tensor], Tensor]  # see loss_terms
 
@@ -251,7 +252,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         default=Path("images.safetensors"),
         metavar="FILE",
-        help="file for the images; a picture of them goes beside it (images.safetensors)",
+        help="file for the images, .safetensors or .npy, with a picture of them beside it; a name without suffix is a "
+        "folder for PNG files, one folder a class (images.safetensors)",
     )
     add_plots(output)
     add_computation(parser)
@@ -261,8 +263,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> torch.device:
     """Refuse what cannot work before any work is done; returns the device."""
     model_tag(options.model)
-    if options.output.suffix != ".safetensors":
-        raise InputError(f"--output: expected a name that ends in .safetensors; got {options.output}")
+    if options.output.suffix not in FORMATS:
+        expected = "a name that ends in .safetensors or .npy, or a folder's name without suffix"
+        raise InputError(f"--output: expected {expected}; got {options.output}")
+    if not options.output.suffix and options.output.exists():
+        raise InputError(f"--output {options.output}: expected a folder that is not there yet; it is")
     if options.plots:
         require_matplotlib()
     device = pick_device(options.device)
@@ -289,11 +294,16 @@ def run(options: argparse.Namespace) -> None:
 def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses: list[list[float]]) -> None:
     """Write what was generated."""
     labels = draw_labels(len(images), model.num_classes, options.seed)
-    picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+    where = str(options.output)
+    if options.output.suffix:
+        picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+        where += f", and to look at: {picture}"
+    else:
+        save_folder(options.output, *normalization(model), images, labels, resized_size(model))
     if options.plots:
         noise = draw_noise(len(images), model.patch_embed.img_size, options.seed)
         plot_losses(options.output.with_suffix(".losses.png"), model, noise, images, losses)
-    print(f"{len(images)} images: {options.output}, and to look at: {picture}")
+    print(f"{len(images)} images: {where}")
 
 
 def main() -> None:

@@ -1,5 +1,21 @@
 """Where models come from: names, weights, and the preprocessing that belongs to them."""
 
-from models.zoo import DEMO_MODELS, build_model, data_config, evaluation_transform, model_tag, normalization
+from models.zoo import (
+    DEMO_MODELS,
+    build_model,
+    data_config,
+    evaluation_transform,
+    model_tag,
+    normalization,
+    resized_size,
+)
 
-__all__ = ["DEMO_MODELS", "build_model", "data_config", "evaluation_transform", "model_tag", "normalization"]
+__all__ = [
+    "DEMO_MODELS",
+    "build_model",
+    "data_config",
+    "evaluation_transform",
+    "model_tag",
+    "normalization",
+    "resized_size",
+]

@@ -1,6 +1,7 @@
 """Names to models: the paper's five, the project's two, and any other ViT, DeiT or Swin of timm."""
 
 import difflib
+import math
 import socket
 import urllib.request
 from collections.abc import Callable
@@ -115,6 +116,14 @@ def data_config(model: nn.Module) -> dict:
 def evaluation_transform(model: nn.Module) -> Callable:
     """Resize (bicubic), centre crop, normalise: PIL image -> (3, H, W)."""
     return create_transform(**data_config(model), is_training=False)
+
+
+def resized_size(model: nn.Module) -> tuple[int, int]:
+    """The size (H, W) to which the evaluation transform resizes a square image, before it crops the centre."""
+    config = data_config(model)
+    height, width = config["input_size"][1:]
+    crop = config["crop_pct"] if config["crop_mode"] == "center" else 1.0  # others resize to the model's size
+    return math.floor(height / crop), math.floor(width / crop)
 
 
 def normalization(model: nn.Module | None = None) -> tuple[Tensor, Tensor]:

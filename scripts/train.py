@@ -5,14 +5,12 @@ Leaves models/<name>.safetensors when done, and checkpoints in runs/train/ on th
 initial weights follow from the seed. Two models at once, a thread each, is how two CPU cores are used best.
 """
 
-import argparse
 import json
 import math
 import os
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +29,15 @@ sys.path.insert(0, str(ROOT))
 from models import demo
 from models.zoo import normalization
 from utils import fractals
-from utils.run.files import replacing
+from utils.run.environment import device_name
+from utils.run.errors import exit_cleanly
+from utils.run.files import check_writable, replacing
+from utils.run.optimisation import Optimisation
+from utils.run.options import DEVICE_HELP, Parser, natural, pick_device, positive
+from utils.run.progress import note, progress_bar
+from utils.run.signals import stop_requests
 
+FOLDER = ROOT / "runs" / "train"  # of checkpoints
 ROUNDS = 1200  # of fractals, one image a class: 60,000 training images, none of them in data/demo
 MAX_SHIFT = 6  # pixels, of fractals: their only augmentation
 PADDING = 4  # pixels around a photograph, of which a crop is taken
@@ -77,67 +82,67 @@ KEPT_EVERY = 1000  # steps between the checkpoints that stay
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=RECIPES)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the images (0)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (all cores)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the weights and of the images (0)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (all cores)")
+    parser.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
     options = parser.parse_args()
+    device = pick_device(options.device)
     torch.set_num_threads(options.threads)
-    folder = ROOT / "runs" / "train"
-    folder.mkdir(parents=True, exist_ok=True)
-
+    check_writable(FOLDER)
     recipe = RECIPES[options.model]
-    data = {"fractals": Fractals, "photographs": Photographs}[recipe.data](folder, workers=options.threads)
-    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
+    data = {"fractals": Fractals, "photographs": Photographs}[recipe.data](options.threads)
     torch.manual_seed(options.seed)
-    model = build(options.model).to(options.device)
-    optimizers = make_optimizers(model, recipe)
-    steps, start = len(recipe.factors), 0
-    name = f"{options.model}_seed{options.seed}"
-    checkpoint = folder / f"{name}.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
-        print(f"going on from step {start} of {steps}", flush=True)
+    model = build(options.model).to(device)
 
-    began, mean_loss = time.monotonic(), 0.0
-    for step in range(start, steps):
-        images, labels = data.draw_batch(recipe.batch_size, options.seed, step)
-        images, labels = images.to(options.device), labels.to(options.device)
-        model.train()
-        with torch.autocast(images.device.type, torch.bfloat16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-        loss.backward()
-        for optimizer, lr in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * recipe.factors[step]
-            optimizer.step()
-            optimizer.zero_grad()
-        mean_loss = loss.item() if step == start else 0.98 * mean_loss + 0.02 * loss.item()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            rate = (step + 1 - start) * recipe.batch_size / (time.monotonic() - began)
-            print(f"step {step + 1}/{steps}  loss {mean_loss:.3f}  {rate:.0f} images/s", flush=True)
-        if (step + 1) % 1000 == 0:
-            print(f"step {step + 1}/{steps}  val top-1 {top1(model, data.val, options.device):.2f} %", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}
-            with replacing(checkpoint) as draft:
-                torch.save(state | {"step": step + 1}, draft)
-        if (step + 1) % KEPT_EVERY == 0:
-            write_weights(model, recipe.dtype, folder / f"{name}_step{step + 1}.safetensors", {"step": step + 1})
-
+    name, total = f"{options.model}_seed{options.seed}", len(recipe.factors)
+    optimisation = train(model, recipe, data, options.seed, FOLDER / name)
+    with stop_requests() as stop, progress_bar(total=total, initial=optimisation.done, unit="step") as bar:
+        optimisation.run(bar, stop)
     weights = {name: value.to(recipe.dtype) for name, value in model.state_dict().items()}
     model.load_state_dict(weights)
-    record = {"seed": options.seed, "images": steps * recipe.batch_size}
-    record |= {"val_top1": top1(model, data.val, options.device), "val_images": len(data.val[0])}
-    record |= {"torch": torch.__version__, "timm": timm.__version__, "device": options.device}
+    record = {"seed": options.seed, "images": total * recipe.batch_size}
+    record |= {"val_top1": top1(model, data.val), "val_images": len(data.val[0])}
+    record |= {"torch": torch.__version__, "timm": timm.__version__, "device": device_name(device)}
     target = ROOT / "models" / f"{options.model}.safetensors"
     write_weights(model, recipe.dtype, target, record)
     print(f"wrote {target}: {json.dumps(record)}")
+
+
+def train(model: nn.Module, recipe: Recipe, data: "Fractals | Photographs", seed: int, place: Path) -> Optimisation:
+    """The training of a model, in place; weights on the way are kept as `place`_step1000.safetensors, ..."""
+    device, optimizers = next(model.parameters()).device, make_optimizers(model, recipe)
+    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
+
+    def step(number: int) -> Tensor:
+        if number and number % KEPT_EVERY == 0:
+            reached = {"step": number, "val_top1": top1(model, data.val)}
+            write_weights(model, recipe.dtype, place.with_name(f"{place.name}_step{number}.safetensors"), reached)
+            note(f"step {number}: top-1 {reached['val_top1']:.2f} %")
+        images, labels = (tensor.to(device) for tensor in data.draw_batch(recipe.batch_size, seed, number))
+        model.train()
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        loss.backward()
+        length = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * recipe.factors[number]
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack([loss.detach(), length])
+
+    return Optimisation(
+        step,
+        ("loss",),
+        len(recipe.factors),
+        tensors=model.state_dict(),
+        optimizers=[optimizer for optimizer, _ in optimizers],
+        file=place.with_suffix(".safetensors"),
+        identity={"seed": seed, **asdict(recipe), "dtype": str(recipe.dtype)},
+        go_on="the same command",
+    )
 
 
 def build(name: str) -> nn.Module:
@@ -176,8 +181,8 @@ def is_inner_matrix(name: str, value: Tensor) -> bool:
 class Fractals:
     """The demo's classes, in images of their own."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        self.train = render_training_images(folder / "fractals.npy", workers)
+    def __init__(self, workers: int) -> None:
+        self.train = render_training_images(FOLDER / "fractals.npy", workers)
         val = [fractals.render_round("val", i) for i in range(fractals.IMAGES_PER_CLASS["val"])]
         labels = torch.arange(fractals.NUM_CLASSES).repeat(len(val))
         self.val = torch.from_numpy(np.concatenate(val)), labels
@@ -214,7 +219,7 @@ def render_training_images(path: Path, workers: int) -> np.ndarray:
 class Photographs:
     """CIFAR-10: every epoch has each of the 50,000 images at most once, in an order of its own."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, workers: int) -> None:
         self.val = read_photographs(ROOT / "data" / "cifar10" / "val")
         images, self.labels = read_photographs(ROOT / "data" / "cifar10" / "train")
         padded = F.pad(images.permute(0, 3, 1, 2).float(), [PADDING] * 4, mode="reflect")
@@ -248,9 +253,9 @@ def normalize(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, val: tuple[Tensor, Tensor], device: str) -> float:
+def top1(model: nn.Module, val: tuple[Tensor, Tensor]) -> float:
     """Top-1 in percent on the validation images, in float32."""
-    model.eval()
+    device = next(model.eval().parameters()).device
     predictions = [model(normalize(images).to(device)).argmax(1).cpu() for images in val[0].split(250)]
     return 100 * (torch.cat(predictions) == val[1]).float().mean().item()
 
@@ -263,4 +268,4 @@ def write_weights(model: nn.Module, dtype: torch.dtype, path: Path, record: dict
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -18,7 +18,7 @@ from models import normalization
 from quant import calibrate, quantize_model
 from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy, total_variation
-from utils.run.errors import exit_cleanly
+from utils.run.errors import InputError, exit_cleanly
 
 ROOT = Path(generation.__file__).parent
 QUICK = GenerationSettings(steps=5)
@@ -247,3 +247,24 @@ def test_command_line_writes_images_and_a_picture(tmp_path, monkeypatch, capsys)
     assert Image.open(output.with_suffix(".png")).width > 3 * 64
     assert str(output) in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == ["images.png", "images.safetensors"]
+
+
+@pytest.mark.parametrize("output", ["calib.npy", "calib"], ids=["array", "folder"])
+def test_images_for_other_tools(tmp_path, capsys, output):
+    line = ["--model", "demo_swin", "--num-images", "2", "--steps", "1", "--device", "cpu", "--output"]
+    generation.run(generation.parse([*line, str(tmp_path / output)]))
+    assert str(tmp_path / output) in capsys.readouterr().out
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
+    if output == "calib":
+        labels = draw_labels(2, 50).tolist()
+        assert sorted(files) == sorted(Path(f"calib/{label:05d}/{n:05d}.png") for n, label in enumerate(labels))
+        with pytest.raises(InputError, match="expected a folder that is not there yet"):
+            generation.run(generation.parse([*line, str(tmp_path / output)]))
+    else:
+        assert sorted(map(str, files)) == ["calib.npy", "calib.png"]
+
+
+def test_an_output_of_another_kind_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "build_model", lambda *arguments: pytest.fail("builds the model"))
+    with pytest.raises(InputError, match=r"--output: expected a name that ends in \.safetensors or \.npy"):
+        generation.run(generation.parse(["--model", "demo_vit", "--output", str(tmp_path / "a.png")]))

@@ -3,8 +3,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.datasets import ImageFolder
 
-from utils.images import draw_grid, load_images, save_images
+from models import evaluation_transform, normalization, resized_size
+from utils.images import draw_grid, load_images, save_folder, save_images
 from utils.run.errors import InputError
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
@@ -62,3 +64,25 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"generate_data\.py wrote"):
         load_images(tmp_path / "a.png", (8, 8))
+
+
+def test_an_array_is_what_other_tools_read(tmp_path):
+    images, (mean, std) = torch.randn(3, 3, 8, 8), normalization()
+    picture = save_images(tmp_path / "calib.npy", mean, std, images, labels=torch.tensor([1, 2, 3]))
+    array = np.load(tmp_path / "calib.npy")
+    assert array.dtype == np.float32 and np.array_equal(array, images.numpy())
+    assert torch.equal(load_images(tmp_path / "calib.npy", (8, 8))["images"], images)
+    assert picture == tmp_path / "calib.png" and picture.is_file()
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_a_folder_gives_the_images_back_through_the_models_transform(tmp_path, vit, crop_pct):
+    """It resizes and crops, which would cut what has the model's size already."""
+    vit.pretrained_cfg = {"crop_pct": crop_pct}
+    mean, std = normalization(vit)
+    images = (torch.rand(4, 3, 32, 32) - mean) / std
+    save_folder(tmp_path / "new" / "calib", mean, std, images, torch.tensor([7, 10, 7, 2]), resized_size(vit))
+    folder = ImageFolder(str(tmp_path / "new" / "calib"), evaluation_transform(vit))
+    assert folder.classes == ["00002", "00007", "00010"]
+    back = torch.stack([image for image, _ in folder])[[1, 3, 2, 0]]  # by class, then by number
+    assert ((back - images).abs() * std).max() <= 0.5 / 255 + 1e-6

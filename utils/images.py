@@ -1,36 +1,61 @@
-"""Normalised images as files: tensors to use again, and a picture to look at."""
+"""Normalised images as files: tensors to use again, what other tools read, and a picture to look at."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.run.errors import InputError
-from utils.run.files import replacing
+from utils.run.files import new_folder, replacing
 from utils.run.seeds import stream
 
 TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
 
 def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: Tensor) -> Path:
-    """Write normalised images (B, 3, H, W) to a .safetensors file, and a grid of them beside it.
+    """Write normalised images (B, 3, H, W) to a file, and a grid of them beside it.
 
     Args:
+        path: a .safetensors file; or a .npy file, which has `images` alone, as float32.
         more: further tensors for the file; `labels` (B,) stand under the pictures.
 
     Returns:
         Path of the picture: the file's name with .png.
     """
     with replacing(path) as draft:
-        tensors = {name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}
-        draft.write_bytes(save(tensors))  # save_file would write to a draft of its own, which kill -9 leaves behind
+        if path.suffix == ".npy":
+            np.save(draft, images.float().numpy())
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}
+            draft.write_bytes(save(tensors))  # save_file would write to a draft of its own, which kill -9 leaves behind
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
         draw_grid(images * std + mean, more["labels"].tolist() if "labels" in more else None).save(draft)
     return picture
+
+
+def save_folder(path: Path, mean: Tensor, std: Tensor, images: Tensor, labels: Tensor, padded: tuple[int, int]) -> None:
+    """Write normalised images (B, 3, H, W) as 8-bit PNG files in a new folder, one folder a class.
+
+    Args:
+        labels: (B,); the names of the folders, with leading zeros.
+        padded: the size (H, W) that they get, by repeating what is at their borders: that to which an evaluation
+            transform resizes before it crops, so that its crop is the image.
+    """
+    top, left = ((outer - inner) / 2 for outer, inner in zip(padded, images.shape[2:], strict=True))
+    top, left = round(top), round(left)  # as a centre crop rounds
+    bottom, right = padded[0] - images.shape[2] - top, padded[1] - images.shape[3] - left
+    large = F.pad(images * std + mean, (left, right, top, bottom), mode="replicate")
+    with new_folder(path) as draft:
+        for number, (pixels, label) in enumerate(zip(_to_bytes(large), labels.tolist(), strict=True)):
+            folder = draft / f"{label:05d}"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
 
 
 def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -38,8 +63,9 @@ def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"--images {path}: no such file")
     try:
-        tensors = {name: tensor for name, tensor in load_file(path).items() if name in ("images", "held_out", "labels")}
-    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError) as error:
+        found = {"images": torch.from_numpy(np.load(path))} if path.suffix == ".npy" else load_file(path)
+        tensors = {name: tensor for name, tensor in found.items() if name in ("images", "held_out", "labels")}
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, EOFError) as error:
         raise InputError(f"--images {path}: expected a file that generate_data.py wrote ({error})") from error
     for name in {"images", *tensors} - {"labels"}:
         images = tensors.get(name)
@@ -66,7 +92,7 @@ def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
     """Draw images (B, 3, H, W), values 0 to 1, as a grid, eight in a row, with each label under its tile."""
     columns = min(8, len(pixels))
     zoom = -(-TILE // pixels.shape[3])
-    tiles = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    tiles = _to_bytes(pixels)
     height, width = tiles.shape[1] * zoom, tiles.shape[2] * zoom
     gap, caption = max(4, width // 28), 0 if labels is None else max(14, width // 9)
     rows = -(-len(tiles) // columns)
@@ -80,3 +106,8 @@ def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
             text = f"class {labels[index]}"
             draw.text((x + width / 2, y + height + caption / 2), text, "black", anchor="mm", font_size=caption * 0.75)
     return grid
+
+
+def _to_bytes(pixels: Tensor) -> np.ndarray:
+    """Values 0 to 1, (B, 3, H, W), as uint8 (B, H, W, 3)."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

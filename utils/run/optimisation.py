@@ -41,6 +41,7 @@ class Optimisation:
         identity: dict[str, Any] | None = None,
         not_finite: Callable[[], str] | None = None,
         out_of_memory: Callable[[], str] | None = None,
+        go_on: str = "--resume",
     ) -> None:
         """What is optimised; goes on from `file`, if that is there.
 
@@ -56,6 +57,7 @@ class Optimisation:
             identity: what the computation depends on, by name: a file of another one is refused.
             not_finite: says where it came from when a term is not finite; the tensors are then those before.
             out_of_memory: says what would help.
+            go_on: what the user does to go on from a state that is saved.
 
         Raises:
             InputError: `file` is damaged, or of another computation.
@@ -63,7 +65,7 @@ class Optimisation:
         self.step, self.terms, self.total = step, tuple(terms), total
         self.tensors, self.optimizers, self.random = tensors, tuple(optimizers), random
         self.file, self.identity = file, identity or {}
-        self.not_finite, self.out_of_memory = not_finite, out_of_memory
+        self.not_finite, self.out_of_memory, self.go_on = not_finite, out_of_memory, go_on
         self.done, self.losses = 0, []
         if file and file.exists():
             self.restore(load_state(file, self.identity))
@@ -143,4 +145,4 @@ class Optimisation:
         if not self.file:
             return why
         save_state(self.file, {name: tensor.cpu() for name, tensor in kept.items()}, self.identity)
-        return f"{why}; the state of step {len(kept['losses'])} is in {self.file.parent}: go on with --resume"
+        return f"{why}; the state of step {len(kept['losses'])} is in {self.file.parent}: go on with {self.go_on}"
