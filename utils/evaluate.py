@@ -115,8 +115,8 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     """Without labels: how far the quantized model's logits are from the float model's on `images` (B, 3, H, W).
 
     Returns:
-        agreement: percent of images with the same first prediction, ties as in `count_correct`; logit_error: RMS of the difference over the RMS
-        of the float logits' deviation from their mean.
+        agreement: percent of images with the same first prediction, ties as in `count_correct`; logit_error: RMS of
+        the difference over the RMS of the float logits' deviation from their mean.
 
     Raises:
         RuntimeError: `quantized` is not calibrated.
