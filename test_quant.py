@@ -26,6 +26,7 @@ from utils.evaluate import compare, evaluate, fuse_rounding
 from utils.fractals import write_demo_data
 from utils.images import draw_noise, load_images, save_images
 from utils.options import add_bits, add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
+from utils.photographs import find_dataset
 from utils.plots import plot_run, require_matplotlib
 from utils.report import (
     HELD_OUT,
@@ -149,7 +150,8 @@ def open_data(options: argparse.Namespace, dataset: Path | None, model: nn.Modul
     if not dataset:
         return {}
     transform = evaluation_transform(model)
-    data = {"val": validation_images(dataset, transform, model.num_classes, options.class_map, options.limit)}
+    classes, limit = model.num_classes, options.limit
+    data = {"val": validation_images(dataset, transform, classes, options.class_map, limit, options.seed)}
     if options.cache:
         check_cache(data["val"], options.cache)
     if not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir())):
@@ -207,6 +209,8 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
     if options.class_map and not dataset:
         raise InputError("--class-map: goes with --dataset; got none")
+    if options.dataset_archive and not dataset:
+        raise InputError("--dataset-archive: goes with --dataset; got none")
     for option in ("images", "checkpoint", "class_map"):
         if (file := getattr(options, option)) and not file.is_file():
             raise InputError(f"--{option.replace('_', '-')} {file}: no such file")
@@ -216,6 +220,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     if not dataset and not loads and options.model in DEMO_MODELS:
         dataset = write_demo_data(DEMO_DATA)
     if dataset:
+        dataset = find_dataset(dataset, options.dataset_archive)
         check_dataset(dataset, ["val", "train"] if options.mode == 2 and not loads else ["val"])
     elif options.mode == 2 and not loads:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
@@ -230,7 +235,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what the paper has")
     add_model(group)
     add = group.add_argument
-    add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
+    root = (
+        "ImageNet root with train/ and val/ class folders; or cifar10 or imagenette, brought to data/ (demo: its own)"
+    )
+    add("--dataset", type=Path, metavar="DIR", help=root)
     add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
     group = parser.add_argument_group("calibration images")
@@ -249,7 +257,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
-    add("--limit", type=positive, metavar="N", help="evaluate on the first N validation images, in folder order (all)")
+    archive = "take --dataset cifar10 or imagenette from this archive or folder, not from the network"
+    add("--dataset-archive", type=Path, metavar="FILE", help=archive)
+    spread = "evaluate on N validation images, drawn with the seed and spread over the classes (all)"
+    add("--limit", type=positive, metavar="N", help=spread)
     add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
     add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
     add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")

@@ -35,6 +35,7 @@ from quant.onnx import INPUT
 from utils.data import UNREADABLE, check_dataset, image_loader, validation_images
 from utils.evaluate import count_correct
 from utils.fractals import write_demo_data
+from utils.photographs import find_dataset
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable, write_json
 from utils.run.options import Parser, available_cores, own_cores, positive
@@ -220,6 +221,7 @@ def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
         dataset = write_demo_data(ROOT / "data" / "demo")
     if not dataset:
         return None
+    dataset = find_dataset(dataset)
     check_dataset(dataset, ["val"])
     transform = create_transform(**header["transform"], is_training=False)
     images = validation_images(dataset, transform, header["num_classes"], limit=options.limit)
@@ -231,9 +233,14 @@ def main() -> None:
     add = parser.add_argument
     add("file", type=Path, nargs="?", metavar="FILE.onnx", help="what test_quant.py --export-onnx wrote")
     add("--random", metavar="NAME", help="export a model with random weights, and measure its latency")
-    add("--dataset", type=Path, metavar="DIR", help="ImageNet root with val/ (demo: its own)")
+    add("--dataset", type=Path, metavar="DIR", help="ImageNet root with val/, cifar10 or imagenette (demo: its own)")
     add("--simulated", type=Path, metavar="FILE", help="compare with what test_quant.py --save wrote in the same run")
-    add("--limit", type=positive, metavar="N", help="evaluate on the first N validation images (all)")
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="evaluate on N validation images, those of test_quant.py --seed 0 (all)",
+    )
     add("--threads", type=positive, default=available_cores(), metavar="N", help="threads of ONNX Runtime (all cores)")
     add("--json", type=Path, metavar="FILE", help="write the results there, too")
     options = parser.parse_args()

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
 import test_quant
 from models import build_model, evaluation_transform
 from test_quant import parse, run
+from utils import photographs
 from utils.data import Images
 from utils.evaluate import evaluate
 from utils.run.errors import InputError
@@ -91,6 +93,21 @@ def test_without_a_data_set_the_models_are_compared_on_held_out_images(tmp_path,
 
 def test_limit_is_the_number_of_images_counted(tmp_path, image_root):
     assert quick("--dataset", image_root, "--output-dir", tmp_path, "--mode", 1, "--limit", 7)["n"] == 7
+
+
+def test_photographs_by_name_come_from_an_archive_and_then_from_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "DATA", tmp_path / "data")
+    for split in ("train", "test"):
+        for name in photographs.PHOTOGRAPHS["cifar10"].classes:
+            (tmp_path / "mine" / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), "green").save(tmp_path / "mine" / split / name / "0.png")
+    torch.save(test_quant.DEMO_MODELS["demo_vit"](num_classes=10).state_dict(), tmp_path / "ten.pth")
+    arguments = ["--checkpoint", tmp_path / "ten.pth", "--mode", 1, "--dataset", "cifar10"]
+    first = quick(*arguments, "--output-dir", tmp_path / "a", "--dataset-archive", tmp_path / "mine")
+    again = quick(*arguments, "--output-dir", tmp_path / "b")
+    assert first["n"] == again["n"] == 10 and first["top1"] == again["top1"] == 10  # ten images alike, ten classes
+    with pytest.raises(InputError, match="--dataset-archive: goes with --dataset; got none"):
+        quick("--dataset-archive", tmp_path / "mine")
 
 
 def test_unreadable_images_fail_the_run_at_its_end_unless_skipped(tmp_path, image_root):

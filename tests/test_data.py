@@ -1,4 +1,5 @@
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,18 @@ from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_tensor
 
 from utils import data
-from utils.data import UNREADABLE, Images, check_dataset, draw_images, image_loader, read_class_map, read_image
+from utils.data import (
+    CLASS_MAP,
+    UNREADABLE,
+    Images,
+    check_dataset,
+    draw_images,
+    image_loader,
+    read_class_map,
+    read_image,
+    spread,
+    validation_images,
+)
 from utils.run.errors import InputError
 
 
@@ -32,9 +44,35 @@ def test_images_come_by_class_then_name(image_root):
     assert images.files[7].endswith("class_03/1.png")
 
 
-def test_limit_takes_the_first(image_root):
-    images = Images(image_root, "val", transform, limit=5)
-    assert images.labels == [0, 0, 1, 1, 2] and len(images.classes) == 50
+def test_limit_is_spread_over_the_classes_and_drawn_with_the_seed(image_root):
+    some = [Images(image_root, "val", transform, limit=70, seed=seed) for seed in (0, 0, 1)]
+    for images in some:
+        assert len(images) == 70 and len(images.classes) == 50
+        assert images.files == sorted(images.files)  # in the order of the data set
+        counts = Counter(images.labels)
+        assert len(counts) == 50 and set(counts.values()) == {1, 2}  # 50 classes, and 20 of them twice
+        assert all(f"class_{label:02d}/" in file for file, label in zip(images.files, images.labels, strict=True))
+    assert some[0].files == some[1].files != some[2].files
+    assert Counter(some[0].labels) != Counter(some[2].labels)  # which classes have one more is drawn, too
+    few = Images(image_root, "val", transform, limit=5)
+    assert len(set(few.labels)) == 5 and max(few.labels) > 4  # not those of the first folders
+    assert len(Images(image_root, "val", transform, limit=1000)) == 100
+
+
+def test_spread_goes_on_where_a_class_has_no_more():
+    assert spread([0, 1, 1, 1, 1], 4, seed=0)[0] == 0
+    assert len(spread([0, 1, 1, 1, 1], 4, seed=0)) == 4
+
+
+@pytest.mark.parametrize(("num_classes", "labels"), [(20, [17, 4]), (2, [0, 1])])
+def test_a_class_map_in_the_root_is_for_classifiers_of_more_classes(tmp_path, num_classes, labels):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "val" / name / "x.png")
+    (tmp_path / CLASS_MAP).write_text("a 17\nb 4\n")
+    assert validation_images(tmp_path, transform, num_classes).labels == labels
+    (tmp_path / "mine.txt").write_text("a 1\nb 0\n")
+    assert validation_images(tmp_path, transform, num_classes, tmp_path / "mine.txt").labels == [1, 0]
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16", "1"])

@@ -36,6 +36,24 @@ def test_count_correct_by_hand():
     assert count_correct(logits[:, :3], torch.tensor([2, 1, 0])).tolist() == [1, 3]  # fewer than five classes
 
 
+def test_of_equal_logits_the_lower_class_is_predicted():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (500, 10), generator=generator).float()  # several ties in each row
+    labels = torch.randint(0, 10, (500,), generator=generator)
+    ranking = [sorted(range(10), key=lambda c, row=row: (-row[c], c)) for row in logits.tolist()]
+    places = [ranks.index(label) for ranks, label in zip(ranking, labels.tolist(), strict=True)]
+    expected = [sum(place < k for place in places) for k in (1, 5)]
+    assert count_correct(logits, labels).tolist() == expected
+    assert expected[0] == (logits.argmax(1) == labels).sum()  # what compare calls the first prediction
+    assert count_correct(torch.zeros(10, 10), torch.arange(10)).tolist() == [1, 5]
+
+
+def test_a_logit_that_is_nan_makes_no_hit():
+    nan = torch.full((3, 3), torch.nan)
+    assert count_correct(nan, torch.arange(3)).tolist() == [0, 0]
+    assert count_correct(torch.tensor([[torch.nan, 1.0, 0.0]]), torch.tensor([1])).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 50])
 def test_accuracy_does_not_depend_on_the_batch_size(vit, batch_size):
     data = Fixed([index % 10 for index in range(20)])

@@ -44,6 +44,14 @@ def test_valid_range_equals_golden(golden, vit):
     torch.testing.assert_close(data["clip_in"].clamp(-mean / std, (1 - mean) / std), data["clip_out"])
 
 
+def test_half_of_all_steps_see_the_images_flipped(vit):
+    batch = generation.Batch(vit, None, draw_labels(2, 10), 0, 0, QUICK)
+    seen = [batch.augment(0) for _ in range(200)]
+    flipped = sum(torch.equal(images, batch.images.flip(3)) for images in seen)
+    unflipped = sum(torch.equal(images, batch.images) for images in seen)
+    assert flipped + unflipped == 200 and 70 < flipped < 130  # 100, give or take four standard deviations
+
+
 def test_same_seed_gives_the_same_images_whatever_ran_before(model):
     first = generate_data(model, 2, seed=3, settings=QUICK, progress=False)
     torch.manual_seed(99)

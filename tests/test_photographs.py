@@ -16,8 +16,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from utils import photographs
-from utils.data import read_class_map
-from utils.photographs import CLASS_MAP, PHOTOGRAPHS, prepare_dataset
+from utils.data import CLASS_MAP, read_class_map
+from utils.photographs import PHOTOGRAPHS, find_dataset, prepare_dataset
 from utils.run.errors import InputError
 
 
@@ -207,3 +207,14 @@ def test_imagenette_has_a_class_map_of_imagenets_outputs(tmp_path):
     described = {info.index_to_description(label) for _, label in lines.values()}
     assert {"tench, Tinca tinca", "golf ball", "parachute, chute"} <= described
     assert lines["n01440764"][1] == 0 and lines["n03888257"][1] == 701  # as in ImageNet's list of classes
+
+
+def test_a_folder_wins_over_a_name(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset(Path("cifar10"), archive[0]) == tmp_path / "data" / "cifar10"
+    assert find_dataset(Path("imagenet")) == Path("imagenet")
+    (tmp_path / "cifar10").mkdir()
+    assert find_dataset(Path("cifar10")) == Path("cifar10")
+    with pytest.raises(InputError, match="goes with --dataset cifar10 or imagenette; got --dataset cifar10, a folder"):
+        find_dataset(Path("cifar10"), archive[0])

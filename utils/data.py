@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.run.distributed import rank, world_size
 from utils.run.errors import InputError
 from utils.run.seeds import stream
 
+CLASS_MAP = "class-map.txt"  # in the root of a data set whose folders are some of the classes of a classifier
 UNREADABLE = -1  # the label of an image that cannot be decoded
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes pass their tensors, on Linux
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
@@ -33,7 +35,12 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, root: Path, split: str, transform: Callable[[Image.Image], Tensor], limit: int | None = None
+        self,
+        root: Path,
+        split: str,
+        transform: Callable[[Image.Image], Tensor],
+        limit: int | None = None,
+        seed: int = 0,
     ) -> None:
         folder = root / split
         if not any(entry.is_dir() for entry in folder.iterdir()):
@@ -42,7 +49,8 @@ class Images(Dataset):
         if not folders.samples:
             raise InputError(f"{folder}: expected images in its {len(folders.classes)} class folders; found none")
         self.folder, self.classes, self.transform = folder, folders.classes, transform
-        self.files, self.labels = map(list, zip(*folders.samples[:limit], strict=True))
+        chosen = spread(folders.targets, limit, seed) if limit else range(len(folders))
+        self.files, self.labels = map(list, zip(*(folders.samples[index] for index in chosen), strict=True))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -99,19 +107,32 @@ def validation_images(
     num_classes: int,
     class_map: Path | None = None,
     limit: int | None = None,
+    seed: int = 0,
 ) -> Images:
     """The validation split of a data set, with the labels of a classifier's outputs.
 
     Args:
-        class_map: a file with the class of each folder; None where the order of their names is that of the classes.
-        limit: take the first so many, in the order of the folders; None for all.
+        class_map: a file with the class of each folder; None for class-map.txt in `root`, if it is there and there are
+            fewer folders than classes, and else for the order of the names.
+        limit: take so many, drawn with the seed and spread over the classes; None for all.
     """
-    images = Images(root, "val", transform, limit)
+    images = Images(root, "val", transform, limit, seed)
+    if not class_map and len(images.classes) < num_classes and (root / CLASS_MAP).is_file():
+        class_map = root / CLASS_MAP
     if class_map:
         images.map_classes(class_map, num_classes)
     else:
         images.check_classes(num_classes)
     return images
+
+
+def spread(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Draw `count` positions of `labels`, as many of each label as of any other or one more; in ascending order."""
+    drawn, ranks = Counter(), []
+    for order, position in enumerate(torch.randperm(len(labels), generator=stream(seed, "limit")).tolist()):
+        ranks.append((drawn[labels[position]], order, position))  # the n-th that is drawn of its label
+        drawn[labels[position]] += 1
+    return sorted(position for _, _, position in sorted(ranks)[:count])
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -99,10 +99,15 @@ def in_parts(function: Callable[..., T], size: int, *tensors: Tensor) -> tuple[l
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels are the first, and how many among the first five, predictions: (2,) integers."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-    hits = best == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum()])
+    """How many labels are the first, and how many among the first five, predictions: (2,) integers.
+
+    Of equal logits, which few bits often give, the lower class comes first, as in argmax and on every device; topk
+    leaves it open. A NaN comes before everything, and a label whose logit it is, is no prediction.
+    """
+    own, classes = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1], device=logits.device)
+    behind = (logits < own) | ((logits == own) & (classes >= labels[:, None]))  # the label itself, too
+    before = (~behind).sum(dim=1)
+    return torch.stack([(before < 1).sum(), (before < min(5, len(classes))).sum()])
 
 
 @torch.inference_mode()
@@ -110,8 +115,8 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     """Without labels: how far the quantized model's logits are from the float model's on `images` (B, 3, H, W).
 
     Returns:
-        agreement: percent of images with the same first prediction; logit_error: RMS of the difference over the RMS
-        of the float logits' deviation from their mean.
+        agreement: percent of images with the same first prediction, ties as in `count_correct`; logit_error: RMS of
+        the difference over the RMS of the float logits' deviation from their mean.
 
     Raises:
         RuntimeError: `quantized` is not calibrated.

@@ -21,10 +21,11 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import CIFAR10, Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from utils.data import CLASS_MAP
 from utils.run.errors import InputError
 from utils.run.files import new_folder
 
-CLASS_MAP = "classes.txt"  # in the root of a data set whose folders are some of ImageNet's classes
+DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = {"train": ("train",), "val": ("val", "test")}  # the project's name, and those in archives
 _ZSTD = b"\x28\xb5\x2f\xfd"  # how a zstd file begins (RFC 8878, section 3.1.1)
 _TIMEOUT = 10  # seconds for the host of a download to answer
@@ -52,6 +53,22 @@ PHOTOGRAPHS = {
         lambda folder: Imagenette(folder, size="320px", download=True),
     ),
 }
+
+
+def find_dataset(given: Path, archive: Path | None = None) -> Path:
+    """The root that --dataset names: a folder where there is one, else a data set by name, which goes into data/.
+
+    Raises:
+        InputError: as `prepare_dataset`; or an archive for what needs none.
+    """
+    if str(given) in PHOTOGRAPHS and not given.is_dir():
+        return prepare_dataset(str(given), DATA, archive)
+    if archive:
+        raise InputError(
+            f"--dataset-archive: goes with --dataset {' or '.join(PHOTOGRAPHS)}; got --dataset {given}"
+            + (", a folder here" if given.is_dir() else "")
+        )
+    return given
 
 
 def prepare_dataset(name: str, root: Path, archive: Path | None = None) -> Path:
