@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quant import modules, swin, vit
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
+from quant.recipes import PAPER, Recipe
 
 # Exact types, not subclasses: what is not in one of these tables may compute something that is not quantized here.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -36,7 +37,7 @@ KEPT = (
     *(timm_layers.SelectAdaptivePool2d, timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool),
     *(swin_transformer.SwinTransformerStage, swin_transformer.PatchMerging),
 )
-# Outputs that stay float: GELU's input, and of a ViT's final norm all but the pooled row.
+# Outputs that no recipe quantizes: GELU's input, and of a ViT's final norm all but the pooled row.
 FLOAT_OUTPUTS = {vit.QuantMlp: ("fc1",), vit.QuantVisionTransformer: ("norm", "fc_norm")}
 FLOAT_OUTPUTS[vit.QuantVisionTransformerDistilled] = FLOAT_OUTPUTS[vit.QuantVisionTransformer]
 
@@ -73,7 +74,9 @@ def check_supported(model: nn.Module) -> None:
             raise UnsupportedModelError("expected a class token or average pooling; the model has neither")
 
 
-def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Sequence[str] = ()) -> nn.Module:
+def quantize_model(
+    model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Sequence[str] = (), recipe: Recipe = PAPER
+) -> nn.Module:
     """Swap the layers of a timm ViT, DeiT or Swin for quantized ones, in place; returns the model.
 
     Until `calibrate` is called the model gives its float logits. The names of its state dict never change.
@@ -83,6 +86,7 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
         w_bit, a_bit: 2 to 8 for weights and activations; 16 leaves them in float.
         skip: patterns such as "blocks.0.*" or "*.act_scores"; quantizers, named as in `quantizer_bits`, that match
             one of them stay in float.
+        recipe: which activations are quantized.
 
     Raises:
         ValueError: a bit width out of range, or a pattern that matches nothing.
@@ -91,23 +95,8 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
     for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
-    check_supported(model)
-    model.eval()
-    for module in list(model.modules()):
-        if type(module) not in SWAPS:
-            continue
-        module.__class__ = SWAPS[type(module)]
-        if isinstance(module, modules.QuantizedWeight):
-            module.w_bit = w_bit
-            module.register_buffer("weight_scale", None, persistent=False)
-        if isinstance(module, modules.QuantizedOutput):
-            module.act_output = modules.QuantAct(a_bit)
-        for name in getattr(module, "activations", ()):
-            setattr(module, name, modules.QuantAct(a_bit))
-    for module in list(model.modules()):
-        for name in FLOAT_OUTPUTS.get(type(module), ()):
-            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
-                layer.act_output = nn.Identity()
+    swap_layers(model)
+    place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit))
     names = list(quantizer_bits(model))
     for pattern in skip:
         matching = [name for name in names if fnmatchcase(name, pattern)]
@@ -115,6 +104,40 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
             raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
         assign_bits(model, dict.fromkeys(matching, FLOAT_BITS))
     return model
+
+
+def swap_layers(model: nn.Module) -> nn.Module:
+    """Give every layer of a float timm model its quantized class, and every place a quantizer, of 16 bits, in place.
+
+    Raises:
+        UnsupportedModelError: a part of the model is not understood; the model is untouched.
+    """
+    check_supported(model)
+    model.eval()
+    for module in list(model.modules()):
+        if type(module) not in SWAPS:
+            continue
+        module.__class__ = SWAPS[type(module)]
+        if isinstance(module, modules.QuantizedWeight):
+            module.w_bit = FLOAT_BITS
+            module.register_buffer("weight_scale", None, persistent=False)
+        if isinstance(module, modules.QuantizedOutput):
+            module.act_output = modules.QuantAct(FLOAT_BITS)
+        for name in getattr(module, "activations", ()):
+            setattr(module, name, modules.QuantAct(FLOAT_BITS))
+    for module in list(model.modules()):
+        for name in FLOAT_OUTPUTS.get(type(module), ()):
+            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
+                layer.act_output = modules.NoAct()
+    return model
+
+
+def place_quantizers(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Keep the activation quantizers of a swapped model that `bits` names, and give all that it names these bits."""
+    for name, _ in list(modules.named_activations(model)):
+        if name not in bits:
+            model.set_submodule(name, modules.NoAct())
+    assign_bits(model, bits)
 
 
 def quantizer_bits(model: nn.Module) -> dict[str, int]:

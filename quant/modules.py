@@ -37,6 +37,8 @@ class QuantAct(nn.Module):
         if self.scale is None:
             return x
         flat = x.reshape(-1)  # so that one compiled kernel serves tensors of any rank
+        if flat.requires_grad and torch.is_grad_enabled():
+            flat = flat.clone()  # autograd may keep what the layer gave, as it does of softmax
         return self.kernel(flat, self.scale, self.zero_point, unsigned_grid(self.bits)).view(x.shape)
 
     def observe(self, x: Tensor) -> None:
@@ -50,6 +52,10 @@ class QuantAct(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}" + ("" if self.scale is None else f", scale={self.scale:.4g}")
+
+
+class NoAct(nn.Identity):
+    """In the place of a quantizer that a recipe leaves out."""
 
 
 class QuantizedOutput(nn.Module):
