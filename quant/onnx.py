@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.convert import check_calibrated
-from quant.integers import activation_codes, quantized_parameters, quantized_weights, weight_codes
-from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLinear
+from quant.integers import activation_codes, quantized_parameters, weight_codes
+from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLinear, quantized_weights
 from quant.quantizers import unsigned_grid
 from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
 from quant.vit import QuantAttention
