@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import utils.run.environment
 from models.zoo import build_architecture, data_config, model_tag
-from quant import quantize_model, quantizer_bits
-from quant.convert import assign_bits
+from quant import quantizer_bits
+from quant.convert import place_quantizers, swap_layers
 from quant.integers import integer_state, load_integer_state
 from quant.onnx import to_onnx
 from utils.run.errors import InputError
@@ -108,8 +108,8 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in header["transform"].items()}
     options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
     try:
-        model = quantize_model(build_architecture(model_tag(header["tag"]), config, **options))
-        assign_bits(model, header["bits"])
+        model = swap_layers(build_architecture(model_tag(header["tag"]), config, **options))
+        place_quantizers(model, header["bits"])
         return load_integer_state(model, state), header
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:  # such as another timm's architecture
         reason = str(error).strip().split("\n")[0]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from timm import layers as timm_layers
@@ -10,7 +11,12 @@ from timm.models import deit, swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 from quant import modules, swin, vit
+from quant.correction import correct_biases, output_means
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
+from quant.ranges import search_ranges
+from quant.recipes import PAPER, Recipe
+from quant.rotation import rotate
+from quant.rounding import input_moments
 
 # Exact types, not subclasses: what is not in one of these tables may compute something that is not quantized here.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -36,7 +42,7 @@ KEPT = (
     *(timm_layers.SelectAdaptivePool2d, timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool),
     *(swin_transformer.SwinTransformerStage, swin_transformer.PatchMerging),
 )
-# Outputs that stay float: GELU's input, and of a ViT's final norm all but the pooled row.
+# Outputs that no recipe quantizes: GELU's input, and of a ViT's final norm all but the pooled row.
 FLOAT_OUTPUTS = {vit.QuantMlp: ("fc1",), vit.QuantVisionTransformer: ("norm", "fc_norm")}
 FLOAT_OUTPUTS[vit.QuantVisionTransformerDistilled] = FLOAT_OUTPUTS[vit.QuantVisionTransformer]
 
@@ -73,7 +79,9 @@ def check_supported(model: nn.Module) -> None:
             raise UnsupportedModelError("expected a class token or average pooling; the model has neither")
 
 
-def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Sequence[str] = ()) -> nn.Module:
+def quantize_model(
+    model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Sequence[str] = (), recipe: Recipe = PAPER
+) -> nn.Module:
     """Swap the layers of a timm ViT, DeiT or Swin for quantized ones, in place; returns the model.
 
     Until `calibrate` is called the model gives its float logits. The names of its state dict never change.
@@ -83,6 +91,7 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
         w_bit, a_bit: 2 to 8 for weights and activations; 16 leaves them in float.
         skip: patterns such as "blocks.0.*" or "*.act_scores"; quantizers, named as in `quantizer_bits`, that match
             one of them stay in float.
+        recipe: which activations are quantized, and all that `calibrate` is to do.
 
     Raises:
         ValueError: a bit width out of range, or a pattern that matches nothing.
@@ -91,23 +100,11 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
     for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
-    check_supported(model)
-    model.eval()
-    for module in list(model.modules()):
-        if type(module) not in SWAPS:
-            continue
-        module.__class__ = SWAPS[type(module)]
-        if isinstance(module, modules.QuantizedWeight):
-            module.w_bit = w_bit
-            module.register_buffer("weight_scale", None, persistent=False)
-        if isinstance(module, modules.QuantizedOutput):
-            module.act_output = modules.QuantAct(a_bit)
-        for name in getattr(module, "activations", ()):
-            setattr(module, name, modules.QuantAct(a_bit))
-    for module in list(model.modules()):
-        for name in FLOAT_OUTPUTS.get(type(module), ()):
-            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
-                layer.act_output = nn.Identity()
+    swap_layers(model)
+    if recipe.rotate:
+        rotate(model)
+    place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit), recipe.symmetric)
+    model.recipe = recipe
     names = list(quantizer_bits(model))
     for pattern in skip:
         matching = [name for name in names if fnmatchcase(name, pattern)]
@@ -115,6 +112,41 @@ def quantize_model(model: nn.Module, w_bit: int = 8, a_bit: int = 8, skip: Seque
             raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
         assign_bits(model, dict.fromkeys(matching, FLOAT_BITS))
     return model
+
+
+def swap_layers(model: nn.Module) -> nn.Module:
+    """Give every layer of a float timm model its quantized class, and every place a quantizer, of 16 bits, in place.
+
+    Raises:
+        UnsupportedModelError: a part of the model is not understood; the model is untouched.
+    """
+    check_supported(model)
+    model.eval()
+    for module in list(model.modules()):
+        if type(module) not in SWAPS:
+            continue
+        module.__class__ = SWAPS[type(module)]
+        if isinstance(module, modules.QuantizedWeight):
+            module.w_bit = FLOAT_BITS
+            module.register_buffer("weight_scale", None, persistent=False)
+        if isinstance(module, modules.QuantizedOutput):
+            module.act_output = modules.QuantAct(FLOAT_BITS)
+        for name in getattr(module, "activations", ()):
+            setattr(module, name, modules.QuantAct(FLOAT_BITS))
+    for module in list(model.modules()):
+        for name in FLOAT_OUTPUTS.get(type(module), ()):
+            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
+                layer.act_output = modules.NoAct()
+    return model
+
+
+def place_quantizers(model: nn.Module, bits: Mapping[str, int], symmetric: bool = False) -> None:
+    """Keep the activation quantizers of a swapped model that `bits` names, and give all that it names these bits."""
+    for name, act in list(modules.named_activations(model)):
+        act.symmetric = symmetric
+        if name not in bits:
+            model.set_submodule(name, modules.NoAct())
+    assign_bits(model, bits)
 
 
 def quantizer_bits(model: nn.Module) -> dict[str, int]:
@@ -137,12 +169,12 @@ def assign_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Module:
-    """Record every activation's range in full precision over `images`, then quantize and freeze.
+    """Record every activation's range in full precision over `images`, then quantize and freeze, as the recipe says.
 
     Args:
         model: from `quantize_model`, not calibrated before.
         images: (B, 3, H, W), normalised, on the CPU or on the model's device.
-        batch_size: images a forward pass; ranges do not depend on it.
+        batch_size: images a forward pass; ranges do not depend on it. Bias correction takes all at once.
 
     Raises:
         RuntimeError: the model was not swapped, or is calibrated already.
@@ -152,16 +184,29 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
         raise RuntimeError("calibrate expects a model from quantize_model that was not calibrated before")
     if not len(images):
         raise ValueError("calibrate expects at least one image")
-    device = next(model.parameters()).device
-    with observing(model):
-        for batch in images.split(batch_size):
+    device, recipe = next(model.parameters()).device, model.recipe
+
+    def run(size: int = batch_size) -> None:
+        for batch in images.split(size):
             model(batch.to(device))
+
+    with observing(model):
+        run()
     for name, (low, high) in activation_ranges(model).items():
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
-    for module in model.modules():
-        if isinstance(module, (modules.QuantAct, modules.QuantizedWeight)):
-            module.freeze()
+    layers = dict(modules.quantized_weights(model))
+    if recipe.correct_biases:
+        means = output_means(layers, partial(run, len(images)))
+    if recipe.search_ranges:
+        search_ranges(model, run)
+    for _, act in modules.named_activations(model):
+        act.freeze()
+    moments = input_moments(layers, run) if recipe.compensate else {}
+    for name, layer in layers.items():
+        layer.freeze(moments.get(name))
+    if recipe.correct_biases:
+        correct_biases(layers, means, partial(run, len(images)))
     return model
 
 

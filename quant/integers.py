@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.convert import check_calibrated
-from quant.modules import QuantAct, QuantizedWeight, named_activations
+from quant.modules import QuantAct, QuantizedWeight, named_activations, quantized_weights
 from quant.quantizers import FLOAT_BITS
 
 # The quantizers whose input is a parameter, with the name of that parameter beside them.
@@ -22,8 +22,8 @@ def integer_state(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         weights: int8, or packed where they have 4 bits or less; name.weight_scale: (out_channels, 1, ...) float32;
-        parameters that are quantized as activations: uint8, or packed; activation quantizers: (4,) float32, [low,
-        high, scale, zero point], or (2,) if left in float. All else as it is.
+        parameters that are quantized as activations: uint8, int8 if symmetric, or packed; activation quantizers: (4,)
+        float32, [low, high, scale, zero point], or (2,) if left in float. All else as it is.
 
     Raises:
         RuntimeError: the model is not calibrated.
@@ -57,17 +57,10 @@ def load_integer_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
         codes = unpack(state[f"{name}.weight"], module.w_bit, module.weight.shape, signed=True)
         state[f"{name}.weight"] = codes * module.weight_scale
     for name, parameter, act in quantized_parameters(model):
-        codes = unpack(state[name], act.bits, parameter.shape, signed=False)
+        codes = unpack(state[name], act.bits, parameter.shape, signed=act.symmetric)
         state[name] = (codes - act.zero_point) * act.scale
     model.load_state_dict(state)
     return model
-
-
-def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
-    """The layers whose weights are not left in float, with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight) and module.w_bit != FLOAT_BITS:
-            yield name, module
 
 
 def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, QuantAct]]:
@@ -85,8 +78,8 @@ def weight_codes(layer: QuantizedWeight) -> Tensor:
 
 
 def activation_codes(act: QuantAct, x: Tensor) -> Tensor:
-    """The integers that a calibrated quantizer rounds `x` to, uint8."""
-    return (act(x.clone()) / act.scale + act.zero_point).round().to(torch.uint8)
+    """The integers that a calibrated quantizer rounds `x` to: uint8, or int8 of a symmetric one."""
+    return (act(x.clone()) / act.scale + act.zero_point).round().to(torch.int8 if act.symmetric else torch.uint8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

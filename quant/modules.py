@@ -9,11 +9,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from quant.quantizers import FLOAT_BITS, asymmetric_scale, fake_quantize_, quantize_weight, unsigned_grid
+from quant.quantizers import (
+    FLOAT_BITS,
+    asymmetric_scale,
+    fake_quantize_,
+    quantize_weight,
+    signed_grid,
+    symmetric_activation_scale,
+    unsigned_grid,
+)
+from quant.rounding import round_weight, search_weight_scale
 
 
 class QuantAct(nn.Module):
-    """Asymmetric, per-tensor quantizer of one activation.
+    """Per-tensor quantizer of one activation, asymmetric unless `symmetric` says otherwise.
 
     Passes values through until it is calibrated: `observe` widens the range by what it sees, `freeze` fixes scale and
     zero point. Uncalibrated means that `scale` is None. With 16 bits it stays float, and only records its range.
@@ -27,6 +36,7 @@ class QuantAct(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self.symmetric = False
         self.observing = False
         for name in ("low", "high", "scale", "zero_point"):  # not persistent: a state dict keeps its float names
             self.register_buffer(name, None, persistent=False)
@@ -37,7 +47,18 @@ class QuantAct(nn.Module):
         if self.scale is None:
             return x
         flat = x.reshape(-1)  # so that one compiled kernel serves tensors of any rank
-        return self.kernel(flat, self.scale, self.zero_point, unsigned_grid(self.bits)).view(x.shape)
+        if flat.requires_grad and torch.is_grad_enabled():
+            flat = flat.clone()  # autograd may keep what the layer gave, as it does of softmax
+        return self.kernel(flat, self.scale, self.zero_point, self.grid).view(x.shape)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return signed_grid(self.bits) if self.symmetric else unsigned_grid(self.bits)
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for a range."""
+        return (symmetric_activation_scale if self.symmetric else asymmetric_scale)(low, high, self.bits)
 
     def observe(self, x: Tensor) -> None:
         low, high = x.detach().float().aminmax()
@@ -46,10 +67,14 @@ class QuantAct(nn.Module):
 
     def freeze(self) -> None:
         if self.bits != FLOAT_BITS:
-            self.scale, self.zero_point = asymmetric_scale(self.low, self.high, self.bits)
+            self.scale, self.zero_point = self.fit(self.low, self.high)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}" + ("" if self.scale is None else f", scale={self.scale:.4g}")
+
+
+class NoAct(nn.Identity):
+    """In the place of a quantizer that a recipe leaves out."""
 
 
 class QuantizedOutput(nn.Module):
@@ -60,11 +85,19 @@ class QuantizedOutput(nn.Module):
 
 
 class QuantizedWeight(QuantizedOutput):
-    """Mixin: on `freeze`, the weight is replaced by its nearest values on the grid, once. Biases stay float."""
+    """Mixin: on `freeze`, the weight is replaced by values on the grid, once. Biases stay float."""
 
-    def freeze(self) -> None:
-        if self.w_bit != FLOAT_BITS:
-            self.weight.data, self.weight_scale = quantize_weight(self.weight.data, self.w_bit)
+    def freeze(self, moment: Tensor | None = None) -> None:
+        """Round to the nearest; or with compensation, for inputs of this second moment, (in, in)."""
+        if self.w_bit == FLOAT_BITS:
+            return
+        weight = self.weight.data
+        if moment is None:
+            self.weight.data, self.weight_scale = quantize_weight(weight, self.w_bit)
+        else:
+            scale = search_weight_scale(weight.flatten(1), self.w_bit, moment.diagonal())
+            self.weight.data = round_weight(weight.flatten(1), scale, moment, self.w_bit).view(weight.shape)
+            self.weight_scale = scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 class QuantLinear(QuantizedWeight, nn.Linear):
@@ -82,3 +115,10 @@ class QuantLayerNorm(QuantizedOutput, nn.LayerNorm):
 def named_activations(model: nn.Module) -> Iterator[tuple[str, QuantAct]]:
     """Every activation quantizer with its name, in the order of the modules."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantAct))
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+    """The layers whose weights are not left in float, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight) and module.w_bit != FLOAT_BITS:
+            yield name, module

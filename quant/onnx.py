@@ -1,7 +1,7 @@
 """A calibrated model as an ONNX graph: QuantizeLinear and DequantizeLinear where the simulation rounds.
 
-Weights are integers, and operators are ONNX's own. A runtime computes in integers what has DequantizeLinear before it,
-as all products but one: of softmax's output, which the method leaves in float, with the values.
+Weights are integers, and operators are ONNX's own. A runtime computes in integers what has DequantizeLinear before it:
+every product whose two factors the recipe quantizes.
 
 What differs from the simulation: QuantizeLinear rounds before it adds the zero point, which moves a value that lies
 half-way between two integers to the other one where the zero point is odd; and products are summed in another order.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.convert import check_calibrated
-from quant.integers import activation_codes, quantized_parameters, quantized_weights, weight_codes
-from quant.modules import QuantAct, QuantConv2d, QuantizedWeight, QuantLinear
+from quant.integers import activation_codes, quantized_parameters, weight_codes
+from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLinear, quantized_weights
 from quant.quantizers import unsigned_grid
 from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
 from quant.vit import QuantAttention
@@ -50,18 +50,18 @@ class OnnxAct(QuantAct):
     With less than 8 bits a clip keeps uint8 to the grid: QuantizeLinear saturates at 0, but not at 2^b - 1.
     """
 
-    factor = 1.0  # what the input is yet to be multiplied by; it costs nothing in the scale
+    factor = gain = 1.0  # what input and output are yet to be multiplied by; it costs nothing in the scales
     integer_output = False  # whether the reader moves the output before it dequantizes it
 
     def prepare(self) -> None:
         if self.scale is not None:
-            self.input_scale = self.scale / self.factor
+            self.input_scale, self.scale = self.scale / self.factor, self.scale * self.gain
             self.ceiling = ((unsigned_grid(self.bits)[1] - self.zero_point) * self.input_scale).item()
             self.zero_point = self.zero_point.to(torch.uint8)
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.scale is None:
-            return x * self.factor
+            return x * (self.factor * self.gain)
         return quantize(x if self.bits == 8 else x.clamp(max=self.ceiling), self.input_scale, self.zero_point)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -70,6 +70,16 @@ class OnnxAct(QuantAct):
     def forward(self, x: Tensor) -> Tensor:
         codes = x if x.dtype == torch.uint8 else self.quantize(x)  # a parameter holds integers already
         return codes if self.integer_output else self.dequantize(codes)
+
+
+class OnnxNoAct(NoAct):
+    """Modifications: what the readers of a quantizer's output call, which here does nothing."""
+
+    def prepare(self) -> None:
+        pass
+
+    def dequantize(self, x: Tensor) -> Tensor:
+        return x
 
 
 class OnnxWeight(QuantizedWeight):
@@ -111,16 +121,20 @@ class OnnxConv2d(OnnxWeight, QuantConv2d):
 
 
 class OnnxHeads:
-    """Mixin: heads are split in integers, and the scores' factor 1 / sqrt(d) is in the scale of their quantizer."""
+    """Mixin: heads are split in integers; the scores' factor 1 / sqrt(d) is in the scale of a quantizer of theirs."""
 
     def prepare(self) -> None:
-        self.act_scores.factor, self.scale = self.scale, 1.0
+        if isinstance(self.act_query, QuantAct):
+            self.act_query.gain, self.scale = self.scale, 1.0
+        elif isinstance(self.act_scores, QuantAct):
+            self.act_scores.factor, self.scale = self.scale, 1.0
         self.qkv.act_output.integer_output = True
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         B, N, _ = x.shape
-        codes = self.qkv(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
-        return tuple(map(self.qkv.act_output.dequantize, codes.chunk(3, dim=1)))  # (B, h, N, d) each
+        heads = self.qkv(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
+        q, k, v = map(self.qkv.act_output.dequantize, heads.chunk(3, dim=1))  # (B, h, N, d) each
+        return self.act_query(q), self.act_key(k), self.act_value(v)
 
 
 class OnnxAttention(OnnxHeads, QuantAttention):
@@ -158,6 +172,7 @@ class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     QuantAct: OnnxAct,
+    NoAct: OnnxNoAct,
     QuantConv2d: OnnxConv2d,
     QuantLinear: OnnxLinear,
     QuantAttention: OnnxAttention,

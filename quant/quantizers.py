@@ -51,6 +51,16 @@ def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     return scale, (-torch.round(low / scale)).clamp(bottom, top)
 
 
+def symmetric_activation_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale, and a zero point of zero, of a tensor whose values span [low, high], on the signed grid.
+
+    Both ends are on the grid: max(-low, high) / (2^(b-1) - 1). Not in the paper; some runtimes have no zero points.
+    """
+    _, top = signed_grid(bits)
+    scale = (torch.maximum(-low, high) / top).clamp(min=_SCALE_FLOOR)
+    return scale, torch.zeros_like(scale)
+
+
 def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: tuple[int, int]) -> Tensor:
     """Round `x` to the grid and back, in place: the value that an integer kernel would stand for.
 

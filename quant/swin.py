@@ -10,10 +10,10 @@ from quant.vit import QuantAttention
 
 
 class QuantWindowAttention(WindowAttention):
-    """Modifications: scores, bias table, their sum and the context quantized; the shift mask is added in float."""
+    """Modifications: as in QuantAttention, and bias table and sum quantized; the shift mask is added in float."""
 
     parts = ("qkv", "proj", "softmax")
-    activations = ("act_scores", "act_bias", "act_biased_scores", "act_context")
+    activations = (*QuantAttention.activations, "act_bias", "act_biased_scores")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         BW, N, _ = x.shape
@@ -22,7 +22,7 @@ class QuantWindowAttention(WindowAttention):
         scores = self.act_biased_scores(scores + self._get_rel_pos_bias())
         if mask is not None:  # (W, N, N)
             scores = (scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]).view(scores.shape)
-        context = scores.softmax(dim=-1) @ v  # (B*W, h, N, d)
+        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B*W, h, N, d)
         return self.proj(self.act_context(context.transpose(1, 2).reshape(BW, N, -1)))
 
     split_heads = QuantAttention.split_heads

@@ -1,8 +1,9 @@
 """timm's ViT (and DeiT) with quantized activations between its layers.
 
-Each class takes the place of the timm class it extends; only the lines that meet a quantizer are written anew.
-Shapes: B images, N tokens, D width, h heads, d = D / h. In full precision stay softmax and its output, GELU's input
-(fc1's output), layer norms inside, biases and the class token itself.
+Each class takes the place of the timm class it extends; only the lines that meet a quantizer are written anew. Its
+`activations` are all the quantizers that a recipe may place; see quant/recipes.py for those that it does.
+Shapes: B images, N tokens, D width, h heads, d = D / h. In full precision stay softmax itself, GELU's input (fc1's
+output), layer norms inside, biases and the class token itself.
 """
 
 import torch
@@ -13,23 +14,24 @@ from torch import Tensor
 
 
 class QuantAttention(Attention):
-    """Modifications: scores quantized before softmax, context before the projection; attention is never fused."""
+    """Modifications: the factors of both products, scores and context quantized; attention is never fused."""
 
     parts = ("qkv", "proj")
-    activations = ("act_scores", "act_context")
+    activations = ("act_query", "act_key", "act_scores", "act_probs", "act_value", "act_context")
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, _ = x.shape
         q, k, v = self.split_heads(x)
         scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
-        context = scores.softmax(dim=-1) @ v  # (B, h, N, d)
+        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B, h, N, d)
         context = self.act_context(context.transpose(1, 2).reshape(B, N, -1))  # (B, N, D)
         return self.proj(context)
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, (B, h, N, d) each."""
         B, N, _ = x.shape
-        return self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.act_query(q), self.act_key(k), self.act_value(v)
 
 
 class QuantMlp(Mlp):

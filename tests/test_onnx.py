@@ -9,6 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from quant import calibrate, quantize_model
 from quant.modules import named_activations
 from quant.quantizers import fake_quantize_, unsigned_grid
+from quant.recipes import INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -19,8 +20,8 @@ from quant.onnx import OnnxAct, dequantize, prepare, quantize, to_onnx  # noqa: 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def quantized(model, w_bit=8, a_bit=8, skip=()):
-    return calibrate(quantize_model(copy.deepcopy(model), w_bit, a_bit, skip), IMAGES)
+def quantized(model, w_bit=8, a_bit=8, skip=(), recipe=PAPER):
+    return calibrate(quantize_model(copy.deepcopy(model), w_bit, a_bit, skip, recipe), IMAGES)
 
 
 def run(graph, images, optimized=None):
@@ -37,9 +38,9 @@ def error(logits, expected):
 
 
 @torch.no_grad()
-def check(model, w_bit, a_bit, skip=(), int4=False):
+def check(model, w_bit, a_bit, skip=(), int4=False, recipe=PAPER):
     """The graph's logits for batches of 1 and 5 are nearer to the simulation than the simulation is to the float."""
-    simulated = quantized(model, w_bit, a_bit, skip)
+    simulated = quantized(model, w_bit, a_bit, skip, recipe)
     graph = to_onnx(simulated, int4)
     onnx.checker.check_model(graph, full_check=True)
     assert {node.domain for node in graph.graph.node} == {""}
@@ -51,9 +52,10 @@ def check(model, w_bit, a_bit, skip=(), int4=False):
     return graph
 
 
+@pytest.mark.parametrize("recipe", [PAPER, INPUTS], ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize(("w_bit", "a_bit"), [(8, 8), (4, 8), (8, 6), (4, 4)], ids=lambda bits: str(bits))
-def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit):
-    check(model, w_bit, a_bit)
+def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit, recipe):
+    check(model, w_bit, a_bit, recipe=recipe)
 
 
 @torch.no_grad()
@@ -84,6 +86,15 @@ def test_products_run_in_integers(model, tmp_path):
     assert operators.count("QLinearMatMul") >= blocks  # the scores
     assert not any("Conv" in operator for operator in operators)  # its bias would be rounded
     assert operators.count("MatMul") == blocks  # softmax's output times the values
+
+
+def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path):
+    blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
+    products = 6 * blocks + 2 + hasattr(model, "layers")  # qkv, scores, context, proj, fc1, fc2; ends; one merging
+    run(to_onnx(quantized(model, recipe=INPUTS)), IMAGES[:1], tmp_path / "optimized.onnx")
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert sum(map(operators.count, ("MatMulIntegerToFloat", "QLinearMatMul"))) == products
+    assert "MatMul" not in operators and "Gemm" not in operators
 
 
 def test_int4_weights_take_half_the_space(vit):

@@ -1,0 +1,70 @@
+"""Recipes: which values of a model are quantized, with how many bits, and what keeps the accuracy.
+
+A swapped model has a quantizer at every place where some recipe wants one; a recipe says which of them are placed, and
+which techniques prepare the weights, set the ranges and round. Each technique is a file of its own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+EDGE_BITS = 8  # the least for what stands at a model's ends
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized. Patterns are of names, as in `quantizer_bits`."""
+
+    name: str
+    points: tuple[str, ...]  # activations that are quantized
+    edges: tuple[str, ...] = ()  # activations and weights that have 8 bits at least
+    symmetric: bool = False  # activations without zero points
+    rotate: bool = False  # quant/rotation.py, before anything is quantized
+    search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
+    compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
+    correct_biases: bool = False  # quant/correction.py, last
+
+    def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
+        """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
+        bits = {name: w_bit if name.endswith(".weight") else a_bit for name in names}
+        return {
+            name: max(value, EDGE_BITS) if _matches(name, self.edges) else value
+            for name, value in bits.items()
+            if name.endswith(".weight") or _matches(name, self.points)
+        }
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# The published scheme: the output of every layer but fc1, attention scores, and both residual sums.
+PAPER = Recipe(
+    name="paper",
+    points=(
+        *("act_input", "patch_embed.*", "act_tokens", "act_position", "act_embedding", "norm_pre.act_output"),
+        *("*.norm1.act_output", "*.qkv.act_output", "*.act_scores", "*.act_bias", "*.act_biased_scores"),
+        *("*.act_context", "*.attn.proj.act_output", "*.act_residual1"),
+        *("*.norm2.act_output", "*.act_hidden", "*.fc2.act_output", "*.act_residual2", "*.downsample.*"),
+        *("norm.act_output", "act_pooled", "head.*", "head_dist.*"),
+    ),
+)
+
+# What enters a product, and nothing else, so that every product has two integer factors and the residual stream none
+# to pass through. Where it is placed elsewhere, 8 bits at the ends are the rule: they are a small part of the work.
+BEST = Recipe(
+    name="best",
+    points=(
+        *("act_input", "*.norm1.act_output", "*.act_query", "*.act_key", "*.act_probs", "*.act_value"),
+        *("*.act_context", "*.norm2.act_output", "*.act_hidden", "*.downsample.norm.act_output", "act_pooled"),
+    ),
+    edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
+    rotate=True,
+    search_ranges=True,
+    compensate=True,
+    correct_biases=True,
+)
+# The placement alone: what the techniques are measured against.
+INPUTS = replace(BEST, name="inputs", rotate=False, search_ranges=False, compensate=False, correct_biases=False)
+
+RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST)}

@@ -1,0 +1,140 @@
+"""Rotations that are folded into the weights: the same function, with no channel larger than the others.
+
+A few channels of a trained transformer are far larger than the rest and take the range of a whole tensor. In another
+basis their size is shared by all. Two places have a basis that can be chosen freely:
+
+- the residual stream, between the layers that write to it and those that read it. Layer norm stands before the
+  readers: with its affine part folded into them, it commutes with every orthogonal Q that keeps the mean, Q 1 = 1;
+- queries and keys of one head, of which only products are used; values of one head, of which the projection is linear.
+
+The idea of rotating before quantizing is QuaRot's (Ashkboos et al., NeurIPS 2024, section 4), for language models; to
+keep the ones vector, so that layer norm needs no change, is ours. All products are computed in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerScale
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+_SMALLEST_GAIN = 1e-6  # of a norm's channel that is divided by
+
+
+def mean_keeping_rotation(width: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix Q, (width, width) float64, with Q 1 = 1."""
+    axis = torch.ones(width, dtype=torch.float64) / width**0.5
+    axis[0] += 1  # the reflection between the ones vector and the first axis, as 1 - 2 v v^T
+    axis /= axis.norm()
+    reflection = torch.eye(width, dtype=torch.float64) - 2 * torch.outer(axis, axis)
+    inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), random_rotation(width - 1, seed))
+    return reflection @ inner @ reflection
+
+
+def random_rotation(width: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix, (width, width) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
+
+
+@torch.no_grad()
+def rotate(model: nn.Module) -> None:
+    """Rotate all streams and heads of a timm ViT, DeiT or Swin in place, in which no value is quantized yet."""
+    if isinstance(model, SwinTransformer):
+        _rotate_swin(model)
+    else:
+        _rotate_vit(model)
+    for attention in [module for module in model.modules() if hasattr(module, "qkv")]:
+        rotate_heads(attention)
+
+
+@torch.no_grad()
+def rotate_heads(attention: nn.Module) -> None:
+    """Rotate queries and keys by one matrix, values and the projection's input by another, the same for all heads."""
+    heads, width = attention.num_heads, attention.qkv.out_features // (3 * attention.num_heads)
+    score, value = (torch.block_diag(*[random_rotation(width, seed)] * heads) for seed in (1, 2))
+    rotate_output(attention.qkv, torch.block_diag(score, score, value))
+    rotate_input(attention.proj, value)
+
+
+@torch.no_grad()
+def rotate_output(layer: nn.Linear | nn.Conv2d, rotation: Tensor) -> None:
+    """Let a layer give rotation @ y for y."""
+    rotation = rotation.to(layer.weight.device)
+    layer.weight.copy_((rotation @ layer.weight.double().flatten(1)).view(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(rotation @ layer.bias.double())
+
+
+@torch.no_grad()
+def rotate_input(layer: nn.Linear, rotation: Tensor) -> None:
+    """Let a layer read rotation @ x for x."""
+    layer.weight.copy_(layer.weight.double() @ rotation.T.to(layer.weight.device))
+
+
+@torch.no_grad()
+def fold_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear]) -> None:
+    """Move a layer norm's affine part into the layers that read it; what has no bias leaves the shift to the norm."""
+    gain, shift = norm.weight.double(), norm.bias.double()
+    if any(layer.bias is None for layer in readers):
+        gain = torch.where(gain.abs() < _SMALLEST_GAIN, _SMALLEST_GAIN, gain)
+        norm.bias.copy_(shift / gain)
+    else:
+        for layer in readers:
+            layer.bias.add_(layer.weight.double() @ shift)
+        norm.bias.zero_()
+    for layer in readers:
+        layer.weight.copy_(layer.weight.double() * gain)
+    norm.weight.fill_(1)
+
+
+@torch.no_grad()
+def fold_layer_scale(layer: nn.Linear, scale: nn.Module) -> None:
+    """Move a layer scale, if there is one, into the layer before it."""
+    if isinstance(scale, LayerScale):
+        layer.weight.mul_(scale.gamma[:, None])
+        if layer.bias is not None:
+            layer.bias.mul_(scale.gamma)
+        scale.gamma.fill_(1)
+
+
+def _rotate_vit(model: nn.Module) -> None:
+    if not isinstance(model.norm_pre, nn.Identity):
+        return  # its affine part writes to the stream, channel by channel
+    rotation = mean_keeping_rotation(model.embed_dim).to(model.pos_embed.device)
+    rotate_output(model.patch_embed.proj, rotation)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if (parameter := getattr(model, name, None)) is not None:
+            parameter.copy_(parameter.double() @ rotation.T)
+    _rotate_blocks(model.blocks, rotation)
+    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(model, name, None), nn.Linear)]
+    _rotate_reading(model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm, heads, rotation)
+
+
+def _rotate_swin(model: nn.Module) -> None:
+    """All stages but the first, to which the patch embedding's norm writes, channel by channel."""
+    for stage, after in zip(model.layers[1:], [*model.layers[2:], None], strict=True):
+        rotation = mean_keeping_rotation(stage.downsample.reduction.out_features)
+        rotation = rotation.to(model.norm.weight.device)
+        rotate_output(stage.downsample.reduction, rotation)
+        _rotate_blocks(stage.blocks, rotation)
+        if after is None:
+            _rotate_reading(model.norm, [model.head.fc], rotation)
+        else:  # a merging reads four neighbours at a time
+            _rotate_reading(after.downsample.norm, [after.downsample.reduction], torch.block_diag(*[rotation] * 4))
+
+
+def _rotate_blocks(blocks: nn.Module, rotation: Tensor) -> None:
+    for block in blocks:
+        _rotate_reading(block.norm1, [block.attn.qkv], rotation)
+        _rotate_reading(block.norm2, [block.mlp.fc1], rotation)
+        for layer, scale in ((block.attn.proj, "ls1"), (block.mlp.fc2, "ls2")):
+            fold_layer_scale(layer, getattr(block, scale, None))
+            rotate_output(layer, rotation)
+
+
+def _rotate_reading(norm: nn.LayerNorm, readers: Sequence[nn.Linear], rotation: Tensor) -> None:
+    fold_norm(norm, readers)
+    norm.bias.copy_(rotation @ norm.bias.double())
+    for layer in readers:
+        rotate_input(layer, rotation)

@@ -1,0 +1,83 @@
+"""Which quantizers a recipe places, and that all else follows from it."""
+
+import copy
+
+import pytest
+import torch
+
+from models.saved import load_quantized, save_quantized
+from models.zoo import build_model
+from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
+from quant.integers import integer_state, load_integer_state
+from quant.recipes import INPUTS, PAPER, Recipe
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+BLOCK = (
+    "norm1.act_output attn.act_query attn.act_key attn.act_probs attn.act_value attn.act_context norm2.act_output "
+    "mlp.act_hidden"
+)
+
+
+def test_inputs_of_products_are_all_that_is_placed_in_a_vit(vit):
+    expected = {f"blocks.{i}.{name}" for i in range(2) for name in BLOCK.split()} | {"act_input", "act_pooled"}
+    assert set(activation_ranges(calibrate(quantize_model(vit, recipe=INPUTS), IMAGES))) == expected
+
+
+def test_inputs_of_products_are_all_that_is_placed_in_a_swin(swin):
+    blocks = [f"layers.{stage}.blocks.{i}" for stage in range(2) for i in range(2)]
+    expected = {f"{prefix}.{name}" for prefix in blocks for name in BLOCK.split()}
+    expected |= {"act_input", "layers.1.downsample.norm.act_output", "act_pooled"}
+    assert set(activation_ranges(calibrate(quantize_model(swin, recipe=INPUTS), IMAGES))) == expected
+
+
+def test_the_paper_is_the_default(model):
+    logits = [calibrate(quantize_model(copy.deepcopy(model), 4, 4, **recipe), IMAGES)(IMAGES)
+              for recipe in ({}, {"recipe": PAPER})]  # fmt: skip
+    assert torch.equal(*logits)
+
+
+def test_ends_have_eight_bits_at_least(model):
+    bits = quantizer_bits(quantize_model(model, 4, 3, recipe=INPUTS))
+    head = "head.weight" if "head.weight" in bits else "head.fc.weight"
+    ends = {"act_input", "patch_embed.proj.weight", "act_pooled", head}
+    assert {name for name, value in bits.items() if value == 8} == ends
+    assert {value for name, value in bits.items() if name not in ends} == {3, 4}
+
+
+def test_ends_stay_float_where_all_else_does(vit):
+    assert set(quantizer_bits(quantize_model(vit, 16, 16, recipe=INPUTS)).values()) == {16}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [INPUTS, Recipe("probs", ("*.act_probs",))], ids=lambda recipe: recipe.name)
+def test_any_placement_is_the_float_model_until_calibrated(model, recipe):
+    expected = model(IMAGES)
+    quantize_model(model, 16, 4, recipe=recipe)
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    calibrate(model, IMAGES)
+    assert not torch.allclose(model(IMAGES), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_quantized_softmax_still_has_a_gradient(model):
+    """Its backward pass reads its output, which must not have been overwritten."""
+    calibrate(quantize_model(model, recipe=INPUTS), IMAGES)
+    model(IMAGES).sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_integers_are_loaded_bit_for_bit(model):
+    saved = calibrate(quantize_model(copy.deepcopy(model), 4, 8, recipe=INPUTS), IMAGES)
+    loaded = load_integer_state(quantize_model(model, 4, 8, recipe=INPUTS), integer_state(saved))
+    assert torch.equal(loaded(IMAGES), saved(IMAGES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
+def test_a_file_knows_what_was_placed(tmp_path, name):
+    images = torch.randn(4, 3, 64, 64)
+    saved = calibrate(quantize_model(build_model(name), 4, 6, ["*.act_probs"], INPUTS), images)
+    save_quantized(tmp_path / "m.safetensors", saved, name)
+    loaded, header = load_quantized(tmp_path / "m.safetensors")
+    assert header["bits"] == quantizer_bits(saved) == quantizer_bits(loaded)
+    assert torch.equal(loaded(images), saved(images))
