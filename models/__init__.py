@@ -3,8 +3,10 @@
 from models.zoo import (
     DEMO_MODELS,
     build_model,
+    class_names,
     data_config,
     evaluation_transform,
+    model_notes,
     model_tag,
     normalization,
     resized_size,
@@ -13,8 +15,10 @@ from models.zoo import (
 __all__ = [
     "DEMO_MODELS",
     "build_model",
+    "class_names",
     "data_config",
     "evaluation_transform",
+    "model_notes",
     "model_tag",
     "normalization",
     "resized_size",

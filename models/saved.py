@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import utils.run.environment
-from models.zoo import build_architecture, data_config, model_tag
+from models.zoo import build_architecture, data_config, model_tag, timm_tag
 from quant import quantizer_bits
 from quant.convert import place_quantizers, swap_layers
 from quant.integers import integer_state, load_integer_state
@@ -29,6 +29,7 @@ def describe(model: nn.Module, name: str) -> dict:
         "tag": model_tag(name),
         "num_classes": model.num_classes,
         "img_size": list(model.patch_embed.img_size),
+        "model_args": getattr(model, "model_args", {}),
         "transform": data_config(model),
         "bits": quantizer_bits(model),
         "versions": utils.run.environment.versions(),
@@ -107,8 +108,9 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
         raise InputError(f"{path}: damaged, its content is not what was written (checksum)")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in header["transform"].items()}
     options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
+    options |= header.get("model_args", {})  # files of older versions have none
     try:
-        model = swap_layers(build_architecture(model_tag(header["tag"]), config, **options))
+        model = swap_layers(build_architecture(timm_tag(header["tag"]), config, **options))
         place_quantizers(model, header["bits"])
         return load_integer_state(model, state), header
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:  # such as another timm's architecture

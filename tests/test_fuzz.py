@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 import generate_data
 import test_quant
-from models.zoo import read_checkpoint
+from models.checkpoints import read_checkpoint
 from scripts.rows import COLUMNS, read_rows
 from utils.data import UNREADABLE, Images, read_class_map
 from utils.images import load_images

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import build_model, data_config, evaluation_transform, model_tag, zoo
+from models.checkpoints import load_state
 from utils.run.errors import InputError
 
 
@@ -48,14 +49,15 @@ def test_demo_models_see_whole_images(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_384", "vit_small_patch14_reg4_dinov2.lvd142m"]
+    ("name", "classes"),
+    {
+        "deit_tiny_distilled_patch16_224": 1000,
+        "vit_tiny_patch16_384": 1000,
+        "vit_small_patch14_reg4_dinov2.lvd142m": 0,
+    }.items(),
 )
-def test_other_timm_models_are_built_or_told_why_not(name):
-    if "dinov2" in name:
-        with pytest.raises(InputError, match="no classifier"):
-            build_model(name, pretrained=False)
-    else:
-        assert build_model(name, pretrained=False).num_classes == 1000
+def test_other_timm_models_are_built_with_a_classifier_and_without(name, classes):
+    assert build_model(name, pretrained=False).num_classes == classes
 
 
 @pytest.mark.parametrize(
@@ -204,5 +206,5 @@ def test_a_checkpoint_cannot_execute_code(tmp_path):
 
 def test_model_without_converter_is_loaded_by_its_own_names(tmp_path):
     model = nn.Linear(2, 2)
-    zoo._load_state(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, "file")
+    load_state(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, "file")
     assert model.bias.tolist() == [1.0, 1.0]

@@ -1,0 +1,79 @@
+"""Which of timm's pre-trained architectures with attention are quantized, family by family.
+
+    python scripts/architectures.py --refused
+
+Every architecture that timm has weights for and that has attention between tokens is built without memory for its
+weights, and checked as `quantize_model` does before it changes anything. Prints a table, and with --refused the first
+reason for each architecture that is not taken.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import inspect
+from collections import defaultdict
+from importlib import import_module
+
+import timm
+import torch
+from torch import nn
+
+from quant import UnsupportedModelError, check_supported
+from utils.run.progress import progress_bar
+
+# Of these names, but between channels, or of one query for all tokens at the end of a convolutional network
+NOT_ATTENTION = ("SplitAttn", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolLatent")
+
+
+def candidates() -> list[str]:
+    """The architectures with weights of those of timm's files that mention attention at all."""
+    modules = [name for name in timm.list_modules() if "ttention" in source(name) or "Attn" in source(name)]
+    return [name for name in timm.list_models(module=modules) if timm.models.is_model_pretrained(name)]
+
+
+def source(module: str) -> str:
+    """The text of one of timm's files of models."""
+    return inspect.getsource(import_module(f"timm.models.{module}"))
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether any module's class is called attention."""
+    names = {type(module).__name__ for module in model.modules()} - set(NOT_ATTENTION)
+    return any("attention" in name.lower() or "attn" in name.lower() for name in names)
+
+
+def reason(model: nn.Module) -> str:
+    """Why a model is refused; empty if it is taken."""
+    try:
+        check_supported(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--refused", action="store_true", help="list the architectures that are not taken, and why")
+    options = parser.parse_args()
+    families: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in progress_bar(candidates(), desc="checking", unit="model"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        if has_attention(model):
+            families[type(model).__name__][name] = reason(model)
+    print("| family | quantized | of |", "|---|---|---|", sep="\n")
+    for family, reasons in sorted(families.items(), key=lambda item: -len(item[1])):
+        print(f"| {family} | {sum(not why for why in reasons.values())} | {len(reasons)} |")
+    everything = [why for reasons in families.values() for why in reasons.values()]
+    print(f"| all | {sum(not why for why in everything)} | {len(everything)} |")
+    print(f"timm {timm.__version__}, torch {torch.__version__}")
+    if options.refused:
+        for reasons in families.values():
+            print(*(f"{name}: {why}" for name, why in reasons.items() if why), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
