@@ -7,10 +7,13 @@ from functools import partial
 
 import torch
 from timm import layers as timm_layers
-from timm.models import deit, swin_transformer, vision_transformer
+from timm.layers import pos_embed_sincos
+from timm.models import beit as timm_beit
+from timm.models import deit, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models import eva as timm_eva
 from torch import Tensor, nn
 
-from quant import modules, swin, vit
+from quant import beit, blocks, eva, modules, pooling, swin, swin_v2, vit
 from quant.correction import correct_biases, output_means
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
@@ -18,33 +21,55 @@ from quant.recipes import PAPER, Recipe
 from quant.rotation import rotate
 from quant.rounding import input_moments
 
-# Exact types, not subclasses: what is not in one of these tables may compute something that is not quantized here.
+# Whole models, by family; then their parts. Exact types, not subclasses: what is not in one of these tables may compute
+# something that is not quantized here.
+ROOTS: dict[type[nn.Module], type[nn.Module]] = {
+    vision_transformer.VisionTransformer: vit.QuantVisionTransformer,
+    deit.VisionTransformerDistilled: vit.QuantVisionTransformerDistilled,
+    swin_transformer.SwinTransformer: swin.QuantSwinTransformer,
+    timm_eva.Eva: eva.QuantEva,
+    timm_beit.Beit: beit.QuantBeit,
+    swin_transformer_v2.SwinTransformerV2: swin_v2.QuantSwinTransformerV2,
+}
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    **ROOTS,
     nn.Linear: modules.QuantLinear,
     nn.Conv2d: modules.QuantConv2d,
     nn.LayerNorm: modules.QuantLayerNorm,
     timm_layers.LayerNorm: modules.QuantLayerNorm,
+    timm_layers.RmsNorm: modules.QuantRmsNorm,
     timm_layers.Mlp: vit.QuantMlp,
+    timm_layers.GluMlp: blocks.QuantGluMlp,
+    timm_layers.SwiGLU: blocks.QuantSwiGLU,
+    timm_layers.AttentionPoolLatent: pooling.QuantAttentionPoolLatent,
     vision_transformer.Attention: vit.QuantAttention,
     vision_transformer.Block: vit.QuantBlock,
-    vision_transformer.VisionTransformer: vit.QuantVisionTransformer,
-    deit.VisionTransformerDistilled: vit.QuantVisionTransformerDistilled,
+    vision_transformer.ResPostBlock: blocks.QuantResPostBlock,
+    vision_transformer.ParallelThingsBlock: blocks.QuantParallelThingsBlock,
     swin_transformer.WindowAttention: swin.QuantWindowAttention,
     swin_transformer.SwinTransformerBlock: swin.QuantSwinTransformerBlock,
-    swin_transformer.SwinTransformer: swin.QuantSwinTransformer,
+    swin_transformer_v2.WindowAttention: swin_v2.QuantWindowAttentionV2,
+    swin_transformer_v2.SwinTransformerV2Block: swin_v2.QuantSwinTransformerV2Block,
+    swin_transformer_v2.PatchMerging: swin_v2.QuantPatchMergingV2,
+    timm_eva.EvaAttention: eva.QuantEvaAttention,
+    timm_layers.AttentionRope: eva.QuantAttentionRope,
+    timm_eva.EvaBlock: eva.QuantEvaBlock,
+    timm_eva.EvaBlockPostNorm: eva.QuantEvaBlockPostNorm,
+    timm_beit.Attention: beit.QuantBeitAttention,
+    timm_beit.RelativePositionBias: beit.QuantRelativePositionBias,
+    timm_beit.Block: beit.QuantBeitBlock,
 }
-# Modules that stay: containers, and functions without weights.
+# Modules that stay: containers, and functions without weights. Learned rotations depend on no image.
 INERT = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)
 KEPT = (
-    *(*INERT, nn.Sequential, nn.Flatten, nn.Softmax),
-    *(nn.GELU, timm_layers.GELU, timm_layers.GELUTanh, timm_layers.QuickGELU),
+    *(*INERT, nn.Sequential, nn.ModuleList, nn.Flatten, nn.Softmax),
+    *(nn.GELU, timm_layers.GELU, timm_layers.GELUTanh, timm_layers.QuickGELU, nn.SiLU, nn.ReLU),
     *(timm_layers.PatchEmbed, timm_layers.LayerScale, timm_layers.ClassifierHead),
     *(timm_layers.SelectAdaptivePool2d, timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool),
     *(swin_transformer.SwinTransformerStage, swin_transformer.PatchMerging),
+    swin_transformer_v2.SwinTransformerV2Stage,
+    *(timm_layers.RotaryEmbeddingCat, timm_layers.RotaryEmbeddingMixed, pos_embed_sincos.RotaryEmbeddingDinoV3),
 )
-# Outputs that no recipe quantizes: GELU's input, and of a ViT's final norm all but the pooled row.
-FLOAT_OUTPUTS = {vit.QuantMlp: ("fc1",), vit.QuantVisionTransformer: ("norm", "fc_norm")}
-FLOAT_OUTPUTS[vit.QuantVisionTransformerDistilled] = FLOAT_OUTPUTS[vit.QuantVisionTransformer]
 
 
 class UnsupportedModelError(TypeError):
@@ -52,19 +77,16 @@ class UnsupportedModelError(TypeError):
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, naming the part, unless every module of `model` is understood.
-
-    Understood are timm's VisionTransformer, VisionTransformerDistilled and SwinTransformer with plain attention.
-    """
-    roots = (vit.VisionTransformer, vit.VisionTransformerDistilled, swin.SwinTransformer)
-    if type(model) not in roots:
-        expected = ", ".join(root.__name__ for root in roots)
+    """Raise UnsupportedModelError, naming the part, unless `model` is one of ROOTS and every module is understood."""
+    if type(model) not in ROOTS:
+        expected = ", ".join(root.__name__ for root in ROOTS)
         raise UnsupportedModelError(f"expected a timm {expected}; got {type(model).__name__}")
     for name, module in model.named_modules():
         if type(module) not in SWAPS and type(module) not in KEPT:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise UnsupportedModelError(f"{name} is a {kind}, which is not understood; expected {_expected(name)}")
-        parts = getattr(SWAPS.get(type(module)), "parts", None)
+        swap = SWAPS.get(type(module))
+        parts = getattr(swap, "parts", None)
         for child_name, child in module.named_children() if parts else ():
             if child_name not in parts and type(child) not in INERT:
                 path = f"{name}.{child_name}".lstrip(".")
@@ -72,11 +94,8 @@ def check_supported(model: nn.Module) -> None:
                     f"{path} ({type(child).__name__}) is not understood; {type(module).__name__} is expected to have "
                     f"only {', '.join(parts)}"
                 )
-    if isinstance(model, vit.VisionTransformer):
-        if model.pos_embed is None or model.dynamic_img_size:
-            raise UnsupportedModelError("expected a learned position embedding for one image size")
-        if model.num_prefix_tokens == 0 and model.global_pool == "token":
-            raise UnsupportedModelError("expected a class token or average pooling; the model has neither")
+        if reason := getattr(swap, "refusal", lambda module: None)(module):
+            raise UnsupportedModelError(f"{name or type(model).__name__}: {reason}")
 
 
 def quantize_model(
@@ -122,8 +141,9 @@ def swap_layers(model: nn.Module) -> nn.Module:
     """
     check_supported(model)
     model.eval()
+    untouched = set(_untouched(model))
     for module in list(model.modules()):
-        if type(module) not in SWAPS:
+        if type(module) not in SWAPS or module in untouched:
             continue
         module.__class__ = SWAPS[type(module)]
         if isinstance(module, modules.QuantizedWeight):
@@ -134,8 +154,8 @@ def swap_layers(model: nn.Module) -> nn.Module:
         for name in getattr(module, "activations", ()):
             setattr(module, name, modules.QuantAct(FLOAT_BITS))
     for module in list(model.modules()):
-        for name in FLOAT_OUTPUTS.get(type(module), ()):
-            if isinstance(layer := getattr(module, name), modules.QuantizedOutput):
+        for name in getattr(module, "float_outputs", ()):  # which no recipe quantizes
+            if isinstance(layer := getattr(module, name, None), modules.QuantizedOutput):
                 layer.act_output = modules.NoAct()
     return model
 
@@ -246,9 +266,21 @@ def check_calibrated(model: nn.Module) -> None:
         raise RuntimeError(f"the model is not calibrated ({missing[0]} has no range); call quant.calibrate first")
 
 
+def _untouched(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that compute something of weights alone, and stay in float with all that is in them."""
+    for module in model.modules():
+        for name in getattr(SWAPS.get(type(module)), "untouched", ()):
+            yield from getattr(module, name).modules()
+
+
 def _expected(name: str) -> str:
     """What the supported models have in the place of module `name`."""
     place = name.rpartition(".")[2]
-    known = {"attn": "Attention or WindowAttention", "mlp": "Mlp", "patch_embed": "PatchEmbed", "attn_pool": "none"}
+    known = {
+        "attn": "Attention or WindowAttention",
+        "mlp": "Mlp, GluMlp or SwiGLU",
+        "patch_embed": "PatchEmbed",
+        "rope": "axial, mixed or DINOv3's positions",
+    }
     known |= {"norm": "LayerNorm", "norm1": "LayerNorm", "norm2": "LayerNorm", "norm_pre": "LayerNorm"}
     return known.get(place, "Block" if place.isdigit() else "a layer of a plain ViT or Swin")

@@ -14,7 +14,7 @@ from quant.modules import QuantAct, QuantizedWeight, named_activations, quantize
 from quant.quantizers import FLOAT_BITS
 
 # The quantizers whose input is a parameter, with the name of that parameter beside them.
-PARAMETERS = {"act_position": "pos_embed", "act_bias": "relative_position_bias_table"}
+PARAMETERS = {"act_position": "pos_embed", "act_bias": "relative_position_bias_table", "act_latent": "latent"}
 
 
 def integer_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ What is not the output of a layer (sums, attention scores, ...) has a quantizer 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from quant.quantizers import (
@@ -101,7 +103,12 @@ class QuantizedWeight(QuantizedOutput):
 
 
 class QuantLinear(QuantizedWeight, nn.Linear):
-    """Linear layer with symmetric per-channel weights."""
+    """Linear layer with symmetric per-channel weights. Its bias may be kept by the module that it is in."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return super().forward(x)
+        return self.act_output(F.linear(x, self.weight, bias))
 
 
 class QuantConv2d(QuantizedWeight, nn.Conv2d):
@@ -110,6 +117,10 @@ class QuantConv2d(QuantizedWeight, nn.Conv2d):
 
 class QuantLayerNorm(QuantizedOutput, nn.LayerNorm):
     """Layer norm computed in float; only its output is quantized."""
+
+
+class QuantRmsNorm(QuantizedOutput, RmsNorm):
+    """Root mean square norm computed in float; only its output is quantized."""
 
 
 def named_activations(model: nn.Module) -> Iterator[tuple[str, QuantAct]]:

@@ -92,20 +92,21 @@ class OnnxWeight(QuantizedWeight):
             self.weight_zero_point = torch.zeros(len(weight), dtype=torch.int8)
         self.weight = nn.Parameter(weight.flatten(1).T.contiguous(), requires_grad=False)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) to (..., out)."""
         weight = self.weight
         if self.weight_scale is not None:
             weight = dequantize(weight, self.weight_scale, self.weight_zero_point, 1)
+        bias = self.bias if bias is None else bias
         y = x @ weight
-        return self.act_output(y if self.bias is None else y + self.bias)
+        return self.act_output(y if bias is None else y + bias)
 
 
 class OnnxLinear(OnnxWeight, QuantLinear):
     """Modifications: the weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.product(x, bias)
 
 
 class OnnxConv2d(OnnxWeight, QuantConv2d):
@@ -130,11 +131,10 @@ class OnnxHeads:
             self.act_scores.factor, self.scale = self.scale, 1.0
         self.qkv.act_output.integer_output = True
 
-    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         B, N, _ = x.shape
-        heads = self.qkv(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
-        q, k, v = map(self.qkv.act_output.dequantize, heads.chunk(3, dim=1))  # (B, h, N, d) each
-        return self.act_query(q), self.act_key(k), self.act_value(v)
+        heads = self.qkv_of(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
+        return tuple(map(self.qkv.act_output.dequantize, heads.chunk(3, dim=1)))  # (B, h, N, d) each
 
 
 class OnnxAttention(OnnxHeads, QuantAttention):
@@ -150,8 +150,8 @@ class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
         bias = QuantWindowAttention._get_rel_pos_bias(self)
         self.relative_position_bias_table, self.act_bias = nn.Parameter(bias.contiguous(), requires_grad=False), act
 
-    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().split_heads(self.dequantize_input(x))
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().heads(self.dequantize_input(x))
 
     def _get_rel_pos_bias(self) -> Tensor:
         return self.act_bias(self.relative_position_bias_table)

@@ -47,6 +47,10 @@ PAPER = Recipe(
         *("*.act_context", "*.attn.proj.act_output", "*.act_residual1"),
         *("*.norm2.act_output", "*.act_hidden", "*.fc2.act_output", "*.act_residual2", "*.downsample.*"),
         *("norm.act_output", "act_pooled", "head.*", "head_dist.*"),
+        # Families that the paper does not have
+        *("*.q_norm.act_output", "*.k_norm.act_output", "*.act_rotated_*", "*.act_unit_*", "*.act_computed_bias"),
+        *("*.[qkv]_proj.act_output", "rel_pos_bias.act_bias", "*.attns.*.norm.act_output", "*.ffns.*.norm.act_output"),
+        *("attn_pool.act_tokens_input", "attn_pool.act_latent", "attn_pool.*.act_output"),
     ),
 )
 
@@ -57,6 +61,10 @@ BEST = Recipe(
     points=(
         *("act_input", "*.norm1.act_output", "*.act_query", "*.act_key", "*.act_probs", "*.act_value"),
         *("*.act_context", "*.norm2.act_output", "*.act_hidden", "*.downsample.norm.act_output", "act_pooled"),
+        # Families that the paper does not have
+        *("*.act_rotated_*", "*.act_unit_*", "*.act_attn_input", "*.act_mlp_input", "*.act_merged"),
+        *("*.attns.*.norm.act_output", "*.ffns.*.norm.act_output"),
+        *("attn_pool.act_tokens_input", "attn_pool.act_latent", "attn_pool.norm.act_output"),
     ),
     edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
     rotate=True,

@@ -25,7 +25,11 @@ class QuantWindowAttention(WindowAttention):
         context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B*W, h, N, d)
         return self.proj(self.act_context(context.transpose(1, 2).reshape(BW, N, -1)))
 
-    split_heads = QuantAttention.split_heads
+    qkv_of, heads = QuantAttention.qkv_of, QuantAttention.heads
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = self.heads(x)
+        return self.act_query(q), self.act_key(k), self.act_value(v)
 
     def _get_rel_pos_bias(self) -> Tensor:
         table = self.act_bias(self.relative_position_bias_table.clone())  # a parameter, quantized as an activation

@@ -14,34 +14,57 @@ from torch import Tensor
 
 
 class QuantAttention(Attention):
-    """Modifications: the factors of both products, scores and context quantized; attention is never fused."""
+    """Modifications: the factors of both products, scores and context quantized; attention is never fused.
 
-    parts = ("qkv", "proj")
+    Norms of queries and keys, a norm of the context and a gate are not in the paper. Other families borrow its methods.
+    """
+
+    parts = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj")
+    float_outputs = ("norm", "gate")
     activations = ("act_query", "act_key", "act_scores", "act_probs", "act_value", "act_context")
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        q, k, v = self.split_heads(x)
-        scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
-        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B, h, N, d)
-        context = self.act_context(context.transpose(1, 2).reshape(B, N, -1))  # (B, N, D)
-        return self.proj(context)
+        return self.project(self.attend(*self.split_heads(x)), x)
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value, (B, h, N, d) each."""
+        """Query, key and value, (B, h, N, d) each, as they enter the products."""
+        q, k, v = self.heads(x)
+        return self.act_query(self.q_norm(q)), self.act_key(self.k_norm(k)), self.act_value(v)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, (B, h, N, d) each, as the layer puts them out."""
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.act_query(q), self.act_key(k), self.act_value(v)
+        return self.qkv_of(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def qkv_of(self, x: Tensor) -> Tensor:
+        """The layer's output, (B, N, 3 D). BEiT, EVA and Swin V2 keep its bias apart, as their keys have none."""
+        if getattr(self, "q_bias", None) is None:
+            return self.qkv(x)
+        return self.qkv(x, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(QK^T) V with heads merged, (B, N, D)."""
+        scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
+        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B, h, N, d)
+        return context.transpose(1, 2).flatten(2)
+
+    def project(self, context: Tensor, x: Tensor) -> Tensor:
+        """The output for a context, both (B, N, D); `x` is the layer's input, which a gate reads."""
+        context = self.norm(context)
+        if getattr(self, "gate", None) is not None:
+            context = context * self.gate(x).sigmoid()
+        return self.proj(self.act_context(context))
 
 
 class QuantMlp(Mlp):
-    """Modifications: GELU's output quantized; its input, fc1's output, is not."""
+    """Modifications: the input of the second layer quantized; GELU's input, fc1's output, is not."""
 
-    parts = ("fc1", "act", "fc2")
+    parts = ("fc1", "act", "norm", "fc2")
+    float_outputs = ("fc1", "norm")
     activations = ("act_hidden",)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act_hidden(self.act(self.fc1(x))))
+        return self.fc2(self.act_hidden(self.norm(self.act(self.fc1(x)))))
 
 
 class QuantBlock(Block):
@@ -58,8 +81,13 @@ class QuantBlock(Block):
 class QuantVisionTransformer(VisionTransformer):
     """Modifications: image, tokens, position embedding, their sum and the classifier's input quantized."""
 
-    parts = ("patch_embed", "norm_pre", "blocks", "norm", "fc_norm", "head")
-    activations = ("act_input", "act_tokens", "act_position", "act_embedding", "act_pooled")
+    parts = ("patch_embed", "norm_pre", "blocks", "norm", "attn_pool", "fc_norm", "head")
+    float_outputs = ("norm", "fc_norm")
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        positions = () if self.pos_embed is None else ("act_position", "act_embedding")
+        return ("act_input", "act_tokens", *positions, "act_pooled")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(self.act_input(x.clone())))
@@ -70,10 +98,20 @@ class QuantVisionTransformer(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix()]
+        x = x.flatten(1, -2)  # (B, H, W, D) where timm would take images of any size
+        if self.pos_embed is None:
+            return self.act_tokens(torch.cat([*prefix, x], dim=1))
         position = self.act_position(self.pos_embed.clone())  # a parameter, quantized as an activation
         if self.no_embed_class:  # DeiT-III and others: the prefix has no position
             return self.act_tokens(torch.cat([*prefix, self.act_embedding(x + position)], dim=1))
         return self.act_embedding(self.act_tokens(torch.cat([*prefix, x], dim=1)) + position)  # (B, N, D)
+
+    @staticmethod
+    def refusal(model: VisionTransformer) -> str | None:
+        """What of a model is not understood beyond the types of its modules."""
+        if model.num_prefix_tokens == 0 and model.global_pool == "token":
+            return "expected a class token, or pooling of the patches; the model has neither"
+        return None
 
     def forward_head(self, x: Tensor) -> Tensor:
         # Of the final norm only the rows that the classifier reads are quantized: the class token's.
