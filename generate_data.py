@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from models import build_model, model_tag, normalization, resized_size
@@ -140,8 +141,8 @@ def generate_data(
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
-    """The classes, drawn uniformly, that `generate_data` makes its images for: (num_images,)."""
-    return torch.randint(num_classes, (num_images,), generator=stream(seed, "labels"))
+    """The classes, drawn uniformly, that `generate_data` makes its images for: (num_images,); 0 where there are none."""
+    return torch.randint(max(num_classes, 1), (num_images,), generator=stream(seed, "labels"))
 
 
 class Batch:
@@ -157,7 +158,11 @@ class Batch:
         # TV grows with the root of the number of pixels in the batch; the published target is for 32 of 224x224.
         low, high = (target * math.sqrt(B * math.prod(size) / (32 * 224 * 224)) for target in settings.tv_target)
         self.tv_target = (low + (high - low) * torch.rand((), generator=self.random)).to(device)
-        self.rate = settings.swin_learning_rate if isinstance(model, SwinTransformer) else settings.learning_rate
+        self.rate = (
+            settings.swin_learning_rate
+            if isinstance(model, (SwinTransformer, SwinTransformerV2))
+            else settings.learning_rate
+        )
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam([self.images], lr=self.rate, betas=settings.betas, fused=fused)
         self.weights = torch.tensor([1.0, settings.class_weight, settings.tv_weight], device=device)
@@ -205,6 +210,8 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
 def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossTerms:
     """The function from images (B, 3, H, W), labels (B,) and TV target (0-d) to [L_PSE, L_OH, L_TV]: (3,) in float32.
 
+    Without a classifier L_OH is 0.
+
     Args:
         outputs: the list to which `attention_outputs` appends.
     """
@@ -216,7 +223,7 @@ def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossT
             logits = model(images)  # (B, classes)
         entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
         outputs.clear()
-        cross_entropy = F.cross_entropy(logits.float(), labels)
+        cross_entropy = F.cross_entropy(logits.float(), labels) if model.num_classes else images.new_zeros(())
         return torch.stack([-sum(entropies), cross_entropy, (variation - tv_target).abs()])
 
     return terms

@@ -18,7 +18,7 @@ from quant.correction import correct_biases, output_means
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
 from quant.recipes import PAPER, Recipe
-from quant.rotation import rotate
+from quant.rotation import obstacle, rotate
 from quant.rounding import input_moments
 
 # Whole models, by family; then their parts. Exact types, not subclasses: what is not in one of these tables may compute
@@ -59,6 +59,11 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     timm_beit.RelativePositionBias: beit.QuantRelativePositionBias,
     timm_beit.Block: beit.QuantBeitBlock,
 }
+# Attention between tokens, whose output is the input of its `proj`
+ATTENTION = (
+    *(vision_transformer.Attention, swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention),
+    *(timm_eva.EvaAttention, timm_layers.AttentionRope, timm_beit.Attention),
+)
 # Modules that stay: containers, and functions without weights. Learned rotations depend on no image.
 INERT = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)
 KEPT = (
@@ -120,7 +125,9 @@ def quantize_model(
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
     swap_layers(model)
-    if recipe.rotate:
+    if recipe.rotate and (reason := obstacle(model)):
+        model.notes = [*getattr(model, "notes", []), f"not rotated: {reason}"]
+    elif recipe.rotate:
         rotate(model)
     place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit), recipe.symmetric)
     model.recipe = recipe

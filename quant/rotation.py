@@ -11,13 +11,16 @@ The idea of rotating before quantizing is QuaRot's (Ashkboos et al., NeurIPS 202
 keep the ones vector, so that layer norm needs no change, is ours. All products are computed in float64.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerScale
-from timm.models.swin_transformer import SwinTransformer
+from timm.layers import LayerScale, RmsNorm
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+_BLOCKS = (Block, SwinTransformerBlock)
 _SMALLEST_GAIN = 1e-6  # of a norm's channel that is divided by
 
 
@@ -37,9 +40,33 @@ def random_rotation(width: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
 
 
+def obstacle(model: nn.Module) -> str | None:
+    """Why a model cannot be rotated without changing what it computes; None if it can."""
+    if not isinstance(model, (VisionTransformer, SwinTransformer)):
+        return f"{type(model).__name__.removeprefix('Quant')} is no ViT, DeiT or Swin"
+    if not model.num_classes:
+        return "without a classifier the stream's own basis is the result"
+    if isinstance(model, VisionTransformer) and (model.pos_embed is None or model.attn_pool is not None):
+        return "expected learned positions, and no attention pooling"
+    for name, module in model.named_modules():
+        if re.fullmatch(r"(blocks|layers\.\d+\.blocks)\.\d+", name) and not isinstance(module, _BLOCKS):
+            return f"{name} is not a ViT's or Swin's block"
+        if hasattr(module, "qkv") and any(
+            not isinstance(getattr(module, part, None), (nn.Identity, type(None)))
+            for part in ("q_norm", "k_norm", "norm", "gate")
+        ):
+            return f"{name} has norms or a gate between its products"
+        if isinstance(module, RmsNorm):
+            return f"{name} is a root mean square norm"
+    return None
+
+
 @torch.no_grad()
 def rotate(model: nn.Module) -> None:
-    """Rotate all streams and heads of a timm ViT, DeiT or Swin in place, in which no value is quantized yet."""
+    """Rotate all streams and heads of a timm ViT, DeiT or Swin in place, in which no value is quantized yet.
+
+    The model has no `obstacle`.
+    """
     if isinstance(model, SwinTransformer):
         _rotate_swin(model)
     else:

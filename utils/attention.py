@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from timm.models.swin_transformer import WindowAttention
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quant.convert import ATTENTION
 from utils.entropy import patch_similarity_entropy
 
 
@@ -16,12 +15,13 @@ from utils.entropy import patch_similarity_entropy
 def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the context each forward pass appends softmax(QK^T) V of every attention layer, (B*W, h, N, d), in order.
 
-    It is read where heads are merged, as the input of the projection, so that fused attention stays usable. What
+    It is read where heads are merged, as the input of the projection, so that fused attention stays usable; where a
+    family has a norm or a gate before that, behind them. What
     activation checkpointing computes again in the backward pass is not appended.
     """
-    layers = [module for module in model.modules() if isinstance(module, (Attention, WindowAttention))]
+    layers = [module for module in model.modules() if isinstance(module, ATTENTION)]
     if not layers:
-        raise TypeError(f"expected attention of timm's ViT or Swin; {type(model).__name__} has none")
+        raise TypeError(f"expected attention of timm's vision transformers; {type(model).__name__} has none")
     outputs: list[Tensor] = []
 
     def hook(layer: nn.Module) -> RemovableHandle:

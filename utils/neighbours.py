@@ -1,0 +1,102 @@
+"""Models without a classifier: how near embeddings are, and which images they hold for alike."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from quant import check_calibrated
+from utils.data import UNREADABLE
+from utils.evaluate import CPU_BATCH, in_parts
+from utils.run.distributed import gather
+from utils.run.progress import progress_bar
+
+NEIGHBOURS = 20  # DINO (Caron et al., ICCV 2021), section 3.2
+TEMPERATURE = 0.07  # of a neighbour's vote, exp(cosine / T): DINO's code, not in the paper
+QUERIES = 1024  # whose cosines with all images of the bank are in memory at once
+
+
+@torch.inference_mode()
+def compare_embeddings(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
+    """Cosine of the two models' embeddings of each of `images` (B, 3, H, W): its mean, and the worst.
+
+    Raises:
+        RuntimeError: `quantized` is not calibrated.
+        InputError: there is not the memory for one image.
+    """
+    check_calibrated(quantized)
+    device = next(float_model.parameters()).device
+    models = [float_model.eval(), quantized.eval()]
+    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], CPU_BATCH, images)
+    cosines = F.cosine_similarity(*map(torch.cat, zip(*parts, strict=True)))
+    return {"cosine": cosines.mean().item(), "worst_cosine": cosines.min().item()}
+
+
+def neighbour_accuracy(models: dict[str, nn.Module], train: DataLoader, val: DataLoader) -> dict:
+    """Accuracy of a nearest-neighbour classifier on the embeddings of each model: the bank is `train`.
+
+    Args:
+        models: by name, all on one device; a swapped model must be calibrated.
+        train, val: batches as utils.data.image_loader has them, of labels that mean the same in both.
+
+    Returns:
+        n: images of `val` that counted; unreadable: files of both that were not; for each model name_knn in percent,
+        and the cosine of the embeddings of all models with those of the first: cosine, worst_cosine.
+    """
+    bank, bank_labels, bad = embeddings(models, train)
+    queries, labels, worse = embeddings(models, val)
+    results: dict = {"n": len(labels), "unreadable": sorted(bad + worse)}
+    for name in models:
+        hits = vote(bank[name], bank_labels, queries[name]) == labels
+        results[f"{name}_knn"] = 100 * hits.float().mean().item() if len(labels) else 0.0
+    first, last = (queries[name] for name in (next(iter(models)), list(models)[-1]))
+    cosines = F.cosine_similarity(first, last)
+    return results | {"cosine": cosines.mean().item(), "worst_cosine": cosines.min().item()}
+
+
+@torch.inference_mode()
+def embeddings(models: dict[str, nn.Module], images: DataLoader) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+    """What every model gives for each image, (n, D) by name, the labels (n,), and the files that are not readable.
+
+    The processes of a torchrun share the images, and all return all, in the same order.
+    """
+    device = next(next(iter(models.values())).parameters()).device
+    found: dict[str, list[Tensor]] = {name: [] for name in models}
+    labels, unreadable, size = [], [], images.batch_size if device.type != "cpu" else CPU_BATCH
+    for model in models.values():
+        check_calibrated(model)
+        model.eval()
+    for batch, batch_labels, indices in progress_bar(images, desc="embedding", unit="batch"):
+        batch, batch_labels, indices = map(torch.as_tensor, (batch, batch_labels, indices))
+        readable = batch_labels != UNREADABLE
+        unreadable += [images.dataset.files[index] for index in indices[~readable].tolist()]
+        if not readable.any():
+            continue
+        labels.append(batch_labels[readable])
+        parts, size = in_parts(
+            lambda part: [model(part.to(device)).float().cpu() for model in models.values()], size, batch[readable]
+        )
+        for name, values in zip(models, zip(*parts, strict=True), strict=True):
+            found[name] += values
+    shards = gather((found, labels, unreadable))
+    joined = {name: torch.cat([value for shard, _, _ in shards for value in shard[name]]) for name in models}
+    return joined, torch.cat([value for _, some, _ in shards for value in some]), sum((bad for *_, bad in shards), [])
+
+
+def vote(bank: Tensor, labels: Tensor, queries: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+    """The class of each query by its nearest neighbours in the bank, by cosine; each has a vote of exp(cosine / T).
+
+    Args:
+        bank: (n, D).
+        labels: of the bank, (n,).
+        queries: (m, D).
+
+    Returns:
+        (m,).
+    """
+    bank, classes, result = F.normalize(bank, dim=1), int(labels.max()) + 1, []
+    for part in F.normalize(queries, dim=1).split(QUERIES):
+        cosines, nearest = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)  # (m, k)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[nearest], (cosines / TEMPERATURE).exp())
+        result.append(votes.argmax(dim=1))
+    return torch.cat(result)
