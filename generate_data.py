@@ -21,12 +21,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from models import build_model, model_tag, normalization, resized_size
+from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
 from utils.attention import attention_outputs, first_not_finite, frozen
 from utils.entropy import patch_similarity_entropy, total_variation
 from utils.images import draw_noise, save_folder, save_images
-from utils.options import add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
+from utils.options import add_checkpoint, add_computation, add_image_size, add_model, add_plots, add_steps_and_seed
 from utils.plots import plot_losses, require_matplotlib
 from utils.run.compilation import compiled_when_called
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
@@ -141,7 +141,7 @@ def generate_data(
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
-    """The classes, drawn uniformly, that `generate_data` makes its images for: (num_images,); 0 where there are none."""
+    """The classes, drawn uniformly, that `generate_data` makes its images for: (num_images,). 0 without any."""
     return torch.randint(max(num_classes, 1), (num_images,), generator=stream(seed, "labels"))
 
 
@@ -252,6 +252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     images, output = parser.add_argument_group("images"), parser.add_argument_group("output")
     add_model(images)
     add_checkpoint(images)
+    add_image_size(images)
     images.add_argument("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
     add_steps_and_seed(images)
     output.add_argument(
@@ -291,7 +292,8 @@ def run(options: argparse.Namespace) -> None:
     losses: list[list[float]] = []
     with unfinished(options.output.with_suffix(".unfinished"), options.resume) as state:
         with first_process_first():
-            model = build_model(options.model, options.checkpoint).to(device)
+            model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
+        by_first(print)(*model_notes(model), sep="\n")
         settings = generation_settings(options, device)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
@@ -303,7 +305,8 @@ def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses:
     labels = draw_labels(len(images), model.num_classes, options.seed)
     where = str(options.output)
     if options.output.suffix:
-        picture = save_images(options.output, *normalization(model), images=images, labels=labels)
+        drawn = {"labels": labels} if model.num_classes else {}
+        picture = save_images(options.output, *normalization(model), images, class_names(model), **drawn)
         where += f", and to look at: {picture}"
     else:
         save_folder(options.output, *normalization(model), images, labels, resized_size(model))

@@ -24,7 +24,7 @@ def test_images_are_read_back_bit_for_bit(tmp_path):
 def test_picture_shows_pixels_not_normalised_values():
     pixels = torch.zeros(1, 3, 112, 112)
     pixels[:, 0] = 1.0
-    colours = np.asarray(draw_grid(pixels, [7])).reshape(-1, 3)
+    colours = np.asarray(draw_grid(pixels, ["class 7"])).reshape(-1, 3)
     assert (colours == [255, 0, 0]).all(axis=1).sum() == 112 * 112
 
 

@@ -17,11 +17,14 @@ from utils.run.seeds import stream
 TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
 
-def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: Tensor) -> Path:
+def save_images(
+    path: Path, mean: Tensor, std: Tensor, images: Tensor, names: list[str] | None = None, **more: Tensor
+) -> Path:
     """Write normalised images (B, 3, H, W) to a file, and a grid of them beside it.
 
     Args:
         path: a .safetensors file; or a .npy file, which has `images` alone, as float32.
+        names: of the classes, to stand under the pictures in place of their numbers.
         more: further tensors for the file; `labels` (B,) stand under the pictures.
 
     Returns:
@@ -35,7 +38,9 @@ def save_images(path: Path, mean: Tensor, std: Tensor, images: Tensor, **more: T
             draft.write_bytes(save(tensors))  # save_file would write to a draft of its own, which kill -9 leaves behind
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
-        draw_grid(images * std + mean, more["labels"].tolist() if "labels" in more else None).save(draft)
+        labels = more["labels"].tolist() if "labels" in more else None
+        captions = labels and [names[label] if names else f"class {label}" for label in labels]
+        draw_grid(images * std + mean, captions).save(draft)
     return picture
 
 
@@ -88,13 +93,13 @@ def draw_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:
     return torch.randn(count, 3, *size, generator=stream(seed, "noise"))
 
 
-def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
-    """Draw images (B, 3, H, W), values 0 to 1, as a grid, eight in a row, with each label under its tile."""
+def draw_grid(pixels: Tensor, captions: list[str] | None) -> Image.Image:
+    """Draw images (B, 3, H, W), values 0 to 1, as a grid, eight in a row, with a caption under each tile."""
     columns = min(8, len(pixels))
     zoom = -(-TILE // pixels.shape[3])
     tiles = _to_bytes(pixels)
     height, width = tiles.shape[1] * zoom, tiles.shape[2] * zoom
-    gap, caption = max(4, width // 28), 0 if labels is None else max(14, width // 9)
+    gap, caption = max(4, width // 28), 0 if captions is None else max(14, width // 9)
     rows = -(-len(tiles) // columns)
     size = (columns * (width + gap) + gap, rows * (height + caption + gap) + gap)
     grid = Image.new("RGB", size, "white")
@@ -102,9 +107,10 @@ def draw_grid(pixels: Tensor, labels: list[int] | None) -> Image.Image:
     for index, tile in enumerate(tiles):
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + caption + gap)
         grid.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        if labels is not None:
-            text = f"class {labels[index]}"
-            draw.text((x + width / 2, y + height + caption / 2), text, "black", anchor="mm", font_size=caption * 0.75)
+        if captions is not None:
+            text, size = captions[index], caption * 0.75
+            size *= min(1.0, width / max(1.0, draw.textlength(text, font_size=size)))  # long names are set smaller
+            draw.text((x + width / 2, y + height + caption / 2), text, "black", anchor="mm", font_size=size)
     return grid
 
 

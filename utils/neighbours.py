@@ -80,7 +80,8 @@ def embeddings(models: dict[str, nn.Module], images: DataLoader) -> tuple[dict[s
             found[name] += values
     shards = gather((found, labels, unreadable))
     joined = {name: torch.cat([value for shard, _, _ in shards for value in shard[name]]) for name in models}
-    return joined, torch.cat([value for _, some, _ in shards for value in some]), sum((bad for *_, bad in shards), [])
+    all_labels = torch.cat([value for _, some, _ in shards for value in some])
+    return joined, all_labels, [file for *_, files in shards for file in files]
 
 
 def vote(bank: Tensor, labels: Tensor, queries: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:

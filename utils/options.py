@@ -15,7 +15,8 @@ def add_model(group: argparse._ActionsContainer) -> None:
         default="deit_tiny",
         metavar="NAME",
         help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, which come with the "
-        "project; or any ViT, DeiT or Swin by its timm name (deit_tiny)",
+        "project; any other vision transformer by its timm name; local-dir:FOLDER or hf-hub:OWNER/NAME, as timm or "
+        "transformers wrote it (deit_tiny)",
     )
 
 
@@ -27,6 +28,12 @@ def add_checkpoint(group: argparse._ActionsContainer) -> None:
         metavar="FILE",
         help="weights from a local .pth or .safetensors file, also the DeiT and Swin authors' own (timm's, downloaded)",
     )
+
+
+def add_image_size(group: argparse._ActionsContainer) -> None:
+    """Add --img-size."""
+    what = "side of the images in pixels; timm resamples the model's positions for it (that of the weights)"
+    group.add_argument("--img-size", type=positive, metavar="N", help=what)
 
 
 def add_bits(group: argparse._ActionsContainer) -> None:
