@@ -293,7 +293,7 @@ def run(options: argparse.Namespace) -> None:
     with unfinished(options.output.with_suffix(".unfinished"), options.resume) as state:
         with first_process_first():
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
-        by_first(print)(*model_notes(model), sep="\n")
+        by_first(print)(*model_notes(model), sep="\n", end="\n" if model_notes(model) else "")
         settings = generation_settings(options, device)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)

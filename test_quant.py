@@ -11,21 +11,40 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import argparse
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from generate_data import GenerationSettings, draw_labels, generate_data, generation_settings
-from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
+from models import (
+    DEMO_MODELS,
+    build_model,
+    class_names,
+    evaluation_transform,
+    model_notes,
+    model_tag,
+    normalization,
+    short_name,
+)
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
 from quant import activation_ranges, calibrate, quantize_model
 from utils.cache import check_cache, validation_loader
-from utils.data import Images, check_dataset, draw_images, validation_images
+from utils.data import Images, check_dataset, check_same_classes, draw_images, validation_images
 from utils.evaluate import compare, evaluate, fuse_rounding
 from utils.fractals import write_demo_data
 from utils.images import draw_noise, load_images, save_images
-from utils.options import add_bits, add_checkpoint, add_computation, add_model, add_plots, add_steps_and_seed
+from utils.neighbours import compare_embeddings, neighbour_accuracy
+from utils.options import (
+    add_bits,
+    add_checkpoint,
+    add_computation,
+    add_image_size,
+    add_model,
+    add_plots,
+    add_steps_and_seed,
+)
 from utils.photographs import find_dataset
 from utils.plots import plot_run, require_matplotlib
 from utils.report import (
@@ -57,11 +76,11 @@ def quantize_and_evaluate(
     """The method, with options that are checked; returns what results.json holds."""
     settings, losses = generation_settings(options, device), []
     with record.stage("build", in_turn=True):
-        model = build_model(options.model, options.checkpoint).to(device)
+        model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         data = open_data(options, dataset, model)
     with record.stage("quantize", in_turn=True):
         quantized = swap_layers(options, model)
-    print(headline(options, model_tag(options.model), device), flush=True)
+    print(headline(options, model_tag(options.model), device), *model_notes(quantized), sep="\n", flush=True)
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
@@ -71,10 +90,11 @@ def quantize_and_evaluate(
         if settings.compile:
             fuse_rounding(quantized)
         if "val" in data:
-            measured = measure({"float": model, "quantized": quantized}, data["val"], options)
+            measured = measure({"float": model, "quantized": quantized}, data, options)
         else:
-            measured = compare(model, quantized, images["held_out"])
+            measured = (compare if model.num_classes else compare_embeddings)(model, quantized, images["held_out"])
     results = collect(options, model_tag(options.model), settings.precision, quantized, images["images"], measured)
+    results |= {"img_size": list(model.patch_embed.img_size), "notes": model_notes(quantized)}
     results |= record.provenance(device, vars(options))
     publish(record, results, report(results))
     if options.plots:
@@ -98,7 +118,7 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     with record.stage("evaluate"), float32_products():
         if generation_settings(options, device).compile:
             fuse_rounding(model.to(device))
-        measured = measure({"quantized": model.to(device)}, data["val"], options)
+        measured = measure({"quantized": model.to(device)}, data, options)
     results = collect_saved(header, measured) | record.provenance(device, vars(options))
     publish(record, results, report_saved(results, options.load))
     return results
@@ -131,7 +151,8 @@ def calibration_images(
         images |= {name: images[name][:count] for name in ("images", "labels") if name in images}
     elif options.mode == 0:
         images = {"images": generate_data(model, count, seed, settings, losses=losses, state=record.state)}
-        images["labels"] = draw_labels(count, model.num_classes, seed)
+        if model.num_classes:
+            images["labels"] = draw_labels(count, model.num_classes, seed)
     elif options.mode == 1:
         images = {"images": draw_noise(count, size, seed)}
     else:
@@ -150,19 +171,32 @@ def open_data(options: argparse.Namespace, dataset: Path | None, model: nn.Modul
     if not dataset:
         return {}
     transform = evaluation_transform(model)
-    classes, limit = model.num_classes, options.limit
-    data = {"val": validation_images(dataset, transform, classes, options.class_map, limit, options.seed)}
+    if model.num_classes:
+        classes, class_map, limit = model.num_classes, options.class_map, options.limit
+        data = {"val": validation_images(dataset, transform, classes, class_map, limit, options.seed)}
+    else:
+        data = {"val": Images(dataset, "val", transform, options.limit, options.seed)}
     if options.cache:
         check_cache(data["val"], options.cache)
-    if not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir())):
+    trained = not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir()))
+    if trained or not model.num_classes:
+        check_dataset(dataset, ["train"])
         data["train"] = Images(dataset, "train", transform)
+    if not model.num_classes:
+        check_same_classes(data["train"], data["val"])
     return data
 
 
-def measure(models: dict[str, nn.Module], images: Images, options: argparse.Namespace) -> dict:
-    """Accuracy of the models on the images of a split, which the processes of a torchrun share."""
-    loader = validation_loader(images, options.val_batchsize, options.num_workers, options.cache)
-    return evaluate(models, loader, options.print_freq)
+def measure(models: dict[str, nn.Module], data: dict[str, Images], options: argparse.Namespace) -> dict:
+    """Accuracy of the models on the images of val, which the processes of a torchrun share.
+
+    Without a classifier it is that of the nearest neighbours in train.
+    """
+    loader = partial(validation_loader, batch_size=options.val_batchsize, workers=options.num_workers)
+    val = loader(data["val"], cache=options.cache)
+    if next(iter(models.values())).num_classes:
+        return evaluate(models, val, options.print_freq)
+    return neighbour_accuracy(models, loader(data["train"]), val)
 
 
 @by_first
@@ -171,7 +205,7 @@ def leave_files(
 ) -> None:
     """Write what there is after calibration: images, ranges, and the files of --save and --export-onnx."""
     if options.mode != 2:
-        save_images(record.folder / "images.safetensors", *normalization(model), **images)
+        save_images(record.folder / "images.safetensors", *normalization(model), names=class_names(model), **images)
     record.write("ranges.json", activation_ranges(quantized))
     if options.save:
         save_quantized(options.save, quantized, options.model)
@@ -193,7 +227,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     """Refuse what cannot work before any work is done; returns the device and the data set's root."""
     dataset, loads = options.dataset, options.load is not None
     if loads:
-        for option in ("save", "checkpoint", "images", "skip_layers", "plots", "resume"):
+        for option in ("save", "checkpoint", "img_size", "images", "skip_layers", "plots", "resume"):
             if getattr(options, option):
                 raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
     else:
@@ -248,6 +282,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
     group = parser.add_argument_group("model files")
     add_checkpoint(group)
+    add_image_size(group)
     add = group.add_argument
     skip = "quantizers left in float, as 'blocks.0.*' (none)"
     add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
@@ -279,7 +314,7 @@ def run(options: argparse.Namespace) -> dict:
         make_deterministic()
     with first_process_first():
         device, dataset = check_options(options)
-    name = f"{options.model}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
+    name = f"{short_name(options.model)}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
     method, name, resume = quantize_and_evaluate, name, options.resume
     if options.load:
         method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept

@@ -10,6 +10,7 @@ from models.zoo import (
     model_tag,
     normalization,
     resized_size,
+    short_name,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "model_tag",
     "normalization",
     "resized_size",
+    "short_name",
 ]

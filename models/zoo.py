@@ -82,6 +82,8 @@ def build_model(
     if state is not None:
         load_state(model, state, checkpoint, resample=bool(img_size))
     model.notes = [*source.notes]
+    if not model.num_classes:
+        model.notes.append("no classifier: images are generated without L_OH, and embeddings are compared")
     if img_size and trained != model.patch_embed.img_size:
         (height, width), side = trained, model.patch_embed.img_size[0]
         model.notes.append(f"{side} x {side} pixels: timm has resampled positions of {height} x {width}")
@@ -125,6 +127,11 @@ def find_source(name: str) -> Source:
 def model_tag(name: str) -> str:
     """The exact timm name, with its tag, of a model; a demo model's is its own name. Unknown names are refused."""
     return find_source(name).tag
+
+
+def short_name(name: str) -> str:
+    """A model's name as it can stand in that of a file: of a folder or a repository, the last part."""
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2] if name.startswith(("local-dir:", "hf-hub:")) else name
 
 
 def timm_tag(name: str) -> str:

@@ -230,6 +230,15 @@ def check_dataset(root: Path, splits: list[str]) -> None:
             raise InputError(f"--dataset {root}: expected a folder {split}/ in it, with one folder a class")
 
 
+def check_same_classes(train: Images, val: Images) -> None:
+    """Refuse two splits whose labels do not mean the same."""
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(
+            f"{val.folder}: expected the class folders of {train.folder}; {_some('not in both', only)[:-2]}"
+        )
+
+
 def draw_images(images: Images, count: int, seed: int) -> Tensor:
     """Draw `count` images at random, without labels: (count, 3, H, W)."""
     if len(images) < count:

@@ -40,18 +40,19 @@ def neighbour_accuracy(models: dict[str, nn.Module], train: DataLoader, val: Dat
         train, val: batches as utils.data.image_loader has them, of labels that mean the same in both.
 
     Returns:
-        n: images of `val` that counted; unreadable: files of both that were not; for each model name_knn in percent,
-        and the cosine of the embeddings of all models with those of the first: cosine, worst_cosine.
+        n: images of `val` that counted; unreadable: files of both that were not; for each model name_knn in percent;
+        and of two models the cosine of their embeddings of each image, its mean and the worst: cosine, worst_cosine.
     """
     bank, bank_labels, bad = embeddings(models, train)
     queries, labels, worse = embeddings(models, val)
-    results: dict = {"n": len(labels), "unreadable": sorted(bad + worse)}
+    results: dict[str, float | int | list] = {"n": len(labels), "unreadable": sorted(bad + worse)}
     for name in models:
         hits = vote(bank[name], bank_labels, queries[name]) == labels
         results[f"{name}_knn"] = 100 * hits.float().mean().item() if len(labels) else 0.0
-    first, last = (queries[name] for name in (next(iter(models)), list(models)[-1]))
-    cosines = F.cosine_similarity(first, last)
-    return results | {"cosine": cosines.mean().item(), "worst_cosine": cosines.min().item()}
+    if len(models) > 1 and len(labels):
+        cosines = F.cosine_similarity(*queries.values())
+        results |= {"cosine": cosines.mean().item(), "worst_cosine": cosines.min().item()}
+    return results
 
 
 @torch.inference_mode()

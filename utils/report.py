@@ -14,6 +14,7 @@ from utils.run.errors import InputError
 from utils.run.record import Record
 
 MODES = {0: "generated", 1: "noise", 2: "real"}
+EMBEDDING_RESULTS = ("cosine", "worst_cosine", "float_knn", "quantized_knn")  # of models without a classifier
 HELD_OUT = 32  # generated images to compare the two models on where there is no data set
 
 
@@ -43,6 +44,7 @@ def collect(
         "float_top5": measured.get("float_top5"),
         "agreement": measured.get("agreement"),
         "logit_error": measured.get("logit_error"),
+        **{name: measured[name] for name in EMBEDDING_RESULTS if name in measured},
         "skipped": skipped if options.skip_layers else [],
         "unreadable": measured.get("unreadable", []),
         "calibration_images": len(images),
@@ -56,8 +58,9 @@ def collect_saved(header: dict, measured: dict) -> dict:
         "model": header["model"],
         "tag": header["tag"],
         "n": measured["n"],
-        "top1": measured["quantized_top1"],
-        "top5": measured["quantized_top5"],
+        "top1": measured.get("quantized_top1"),
+        "top5": measured.get("quantized_top5"),
+        **{name: measured[name] for name in ("quantized_knn",) if name in measured},
         "unreadable": measured["unreadable"],
     }
 
@@ -72,6 +75,8 @@ def report(results: dict) -> str:
     """The results as a person reads them."""
     seconds = results["seconds"]
     times = f"images {seconds['images']:.1f} s, calibration {seconds['calibrate']:.1f} s"
+    if "cosine" in results:
+        return f"{report_embeddings(results)}\n{times}"
     if results["top1"] is None:
         return (
             f"accuracy was not measured: no --dataset\n"
@@ -88,12 +93,25 @@ def report(results: dict) -> str:
     return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
 
 
+def report_embeddings(results: dict) -> str:
+    """The results of a model without a classifier."""
+    rows, where = [], f"on {HELD_OUT} held-out generated images"
+    if "quantized_knn" in results:
+        where = f"on {results['n']} images"
+        rows = [f"{'':<8}{'k-NN %':>9}", f"{'float':<8}{results['float_knn']:>9.2f}"]
+        rows.append(f"{'W{w_bit}/A{a_bit}'.format(**results):<8}{results['quantized_knn']:>9.2f}")
+    cosines = f"cosine {results['cosine']:.4f}, at worst {results['worst_cosine']:.4f}"
+    return "\n".join([*rows, f"float and quantized embeddings {where}: {cosines}"])
+
+
 def report_saved(results: dict, file: Path) -> str:
     """The results of a model from a file, as a person reads them."""
-    return (
-        f"{results['tag']}, {file}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %\n"
-        f"{results['n']} images in {results['seconds']['evaluate']:.1f} s"
+    accuracy = (
+        f"k-NN {results['quantized_knn']:.2f} %"
+        if "quantized_knn" in results
+        else (f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %")
     )
+    return f"{results['tag']}, {file}: {accuracy}\n{results['n']} images in {results['seconds']['evaluate']:.1f} s"
 
 
 @by_first
