@@ -11,6 +11,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import argparse
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from generate_data import GenerationSettings, draw_labels, generate_data, generation_settings
 from models import DEMO_MODELS, build_model, evaluation_transform, model_tag, normalization
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
-from quant import activation_ranges, calibrate, quantize_model
+from quant import RECIPES, activation_ranges, calibrate, quantize_model
 from utils.cache import check_cache, validation_loader
 from utils.data import Images, check_dataset, draw_images, validation_images
 from utils.evaluate import compare, evaluate, fuse_rounding
@@ -106,7 +107,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
 def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
     """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
     try:
-        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers)
+        recipe = replace(RECIPES[options.recipe], symmetric=options.symmetric)
+        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error
 
@@ -191,7 +193,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     """Refuse what cannot work before any work is done; returns the device and the data set's root."""
     dataset, loads = options.dataset, options.load is not None
     if loads:
-        for option in ("save", "checkpoint", "images", "skip_layers", "plots", "resume"):
+        for option in ("save", "checkpoint", "images", "skip_layers", "symmetric", "plots", "resume"):
             if getattr(options, option):
                 raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
     else:
@@ -233,6 +235,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", type=Path, metavar="DIR", help="ImageNet root with train/ and val/ class folders (demo: its own)")
     add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
+    group = parser.add_argument_group("what the paper does not have")
+    add = group.add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="how to quantize; best keeps more of the accuracy (paper)")
+    add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
     group = parser.add_argument_group("calibration images")
     add = group.add_argument
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
@@ -268,7 +274,8 @@ def run(options: argparse.Namespace) -> dict:
         make_deterministic()
     with first_process_first():
         device, dataset = check_options(options)
-    name = f"{options.model}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
+    recipe = f"_{options.recipe}" * (options.recipe != "paper") + "_symmetric" * options.symmetric
+    name = f"{options.model}_w{options.w_bit}a{options.a_bit}{recipe}_mode{options.mode}_seed{options.seed}"
     method, name, resume = quantize_and_evaluate, name, options.resume
     if options.load:
         method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept
