@@ -11,6 +11,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import argparse
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from models import (
     short_name,
 )
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
-from quant import activation_ranges, calibrate, quantize_model
+from quant import RECIPES, activation_ranges, calibrate, quantize_model
 from utils.cache import check_cache, validation_loader
 from utils.data import Images, check_dataset, check_same_classes, draw_images, validation_images
 from utils.evaluate import compare, evaluate, fuse_rounding
@@ -127,7 +128,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
 def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
     """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
     try:
-        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers)
+        recipe = replace(RECIPES[options.recipe], symmetric=options.symmetric)
+        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error
 
@@ -227,7 +229,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     """Refuse what cannot work before any work is done; returns the device and the data set's root."""
     dataset, loads = options.dataset, options.load is not None
     if loads:
-        for option in ("save", "checkpoint", "img_size", "images", "skip_layers", "plots", "resume"):
+        for option in ("save", "checkpoint", "img_size", "images", "skip_layers", "symmetric", "plots", "resume"):
             if getattr(options, option):
                 raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
     else:
@@ -275,6 +277,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", type=Path, metavar="DIR", help=root)
     add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
+    add = parser.add_argument_group("how it is quantized").add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="how to quantize; best keeps more of the accuracy (paper)")
+    add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
+    skip = "quantizers left in float, as 'blocks.0.*' (none)"
+    add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
     group = parser.add_argument_group("calibration images")
     add = group.add_argument
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
@@ -284,8 +291,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_checkpoint(group)
     add_image_size(group)
     add = group.add_argument
-    skip = "quantizers left in float, as 'blocks.0.*' (none)"
-    add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
     add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
     add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
     add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
@@ -314,7 +319,9 @@ def run(options: argparse.Namespace) -> dict:
         make_deterministic()
     with first_process_first():
         device, dataset = check_options(options)
-    name = f"{short_name(options.model)}_w{options.w_bit}a{options.a_bit}_mode{options.mode}_seed{options.seed}"
+    recipe = f"_{options.recipe}" * (options.recipe != "paper") + "_symmetric" * options.symmetric
+    what = f"{short_name(options.model)}_w{options.w_bit}a{options.a_bit}{recipe}"
+    name = f"{what}_mode{options.mode}_seed{options.seed}"
     method, name, resume = quantize_and_evaluate, name, options.resume
     if options.load:
         method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept

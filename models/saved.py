@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from quant import quantizer_bits
 from quant.convert import place_quantizers, swap_layers
 from quant.integers import integer_state, load_integer_state
 from quant.onnx import to_onnx
+from quant.recipes import PAPER, Recipe
 from utils.run.errors import InputError
 from utils.run.files import replacing
 
@@ -23,7 +25,7 @@ _KEY = "psaq-vit"  # of the header among safetensors' metadata
 
 
 def describe(model: nn.Module, name: str) -> dict:
-    """What a deployed file says of its model: name, tag, classes, image size, preprocessing, bits and versions."""
+    """What a deployed file says of its model: name, tag, classes, image size, preprocessing, bits, recipe, versions."""
     return {
         "model": name,
         "tag": model_tag(name),
@@ -32,6 +34,7 @@ def describe(model: nn.Module, name: str) -> dict:
         "model_args": getattr(model, "model_args", {}),
         "transform": data_config(model),
         "bits": quantizer_bits(model),
+        "recipe": asdict(model.recipe) if hasattr(model, "recipe") else None,
         "versions": utils.run.environment.versions(),
     }
 
@@ -106,16 +109,28 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
         raise InputError(f"{path}: expected format version {FORMAT_VERSION}; got {version}")
     if header.pop("sha256", None) != _digest(header, state):
         raise InputError(f"{path}: damaged, its content is not what was written (checksum)")
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in header["transform"].items()}
+    config = _tuples(header["transform"])
     options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
     options |= header.get("model_args", {})  # files of older versions have none
     try:
-        model = swap_layers(build_architecture(timm_tag(header["tag"]), config, **options))
+        recipe = Recipe(**_tuples(header["recipe"])) if "recipe" in header else PAPER  # older files
+        model = swap_layers(build_architecture(timm_tag(header["tag"]), config, **options), recipe)
         place_quantizers(model, header["bits"])
         return load_integer_state(model, state), header
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:  # such as another timm's architecture
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # as of another timm
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path}: does not fit {header['tag']} of this timm ({reason})") from error
+
+
+def _tuples(values: dict) -> dict:
+    """Lists, which is what JSON makes of tuples, are tuples again."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _digest(header: dict, state: dict[str, Tensor]) -> str:

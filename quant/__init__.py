@@ -11,8 +11,10 @@ from quant.convert import (
     quantize_model,
     quantizer_bits,
 )
+from quant.recipes import RECIPES
 
 __all__ = [
+    "RECIPES",
     "UnsupportedModelError",
     "activation_ranges",
     "calibrate",

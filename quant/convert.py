@@ -14,6 +14,7 @@ from timm.models import eva as timm_eva
 from torch import Tensor, nn
 
 from quant import beit, blocks, eva, modules, pooling, swin, swin_v2, vit
+from quant.balance import balance
 from quant.correction import correct_biases, output_means
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
@@ -124,13 +125,15 @@ def quantize_model(
     for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
-    swap_layers(model)
-    if recipe.rotate and (reason := obstacle(model)):
-        model.notes = [*getattr(model, "notes", []), f"not rotated: {reason}"]
-    elif recipe.rotate:
-        rotate(model)
-    place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit), recipe.symmetric)
-    model.recipe = recipe
+    swap_layers(model, recipe)
+    if (recipe.balance or recipe.rotate) and (reason := obstacle(model)):
+        model.notes = [*getattr(model, "notes", []), f"neither balanced nor rotated: {reason}"]
+    else:
+        if recipe.balance:
+            balance(model)
+        if recipe.rotate:
+            rotate(model)
+    place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit))
     names = list(quantizer_bits(model))
     for pattern in skip:
         matching = [name for name in names if fnmatchcase(name, pattern)]
@@ -140,8 +143,10 @@ def quantize_model(
     return model
 
 
-def swap_layers(model: nn.Module) -> nn.Module:
+def swap_layers(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Give every layer of a float timm model its quantized class, and every place a quantizer, of 16 bits, in place.
+
+    The model keeps the recipe, for `calibrate` and for its files.
 
     Raises:
         UnsupportedModelError: a part of the model is not understood; the model is untouched.
@@ -149,6 +154,7 @@ def swap_layers(model: nn.Module) -> nn.Module:
     check_supported(model)
     model.eval()
     untouched = set(_untouched(model))
+    model.recipe = recipe
     for module in list(model.modules()):
         if type(module) not in SWAPS or module in untouched:
             continue
@@ -157,9 +163,9 @@ def swap_layers(model: nn.Module) -> nn.Module:
             module.w_bit = FLOAT_BITS
             module.register_buffer("weight_scale", None, persistent=False)
         if isinstance(module, modules.QuantizedOutput):
-            module.act_output = modules.QuantAct(FLOAT_BITS)
+            module.act_output = modules.QuantAct(FLOAT_BITS, recipe.symmetric)
         for name in getattr(module, "activations", ()):
-            setattr(module, name, modules.QuantAct(FLOAT_BITS))
+            setattr(module, name, modules.QuantAct(FLOAT_BITS, recipe.symmetric))
     for module in list(model.modules()):
         for name in getattr(module, "float_outputs", ()):  # which no recipe quantizes
             if isinstance(layer := getattr(module, name, None), modules.QuantizedOutput):
@@ -167,10 +173,9 @@ def swap_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def place_quantizers(model: nn.Module, bits: Mapping[str, int], symmetric: bool = False) -> None:
+def place_quantizers(model: nn.Module, bits: Mapping[str, int]) -> None:
     """Keep the activation quantizers of a swapped model that `bits` names, and give all that it names these bits."""
-    for name, act in list(modules.named_activations(model)):
-        act.symmetric = symmetric
+    for name, _ in list(modules.named_activations(model)):
         if name not in bits:
             model.set_submodule(name, modules.NoAct())
     assign_bits(model, bits)

@@ -35,10 +35,10 @@ class QuantAct(nn.Module):
 
     kernel = staticmethod(fake_quantize_)  # or that compiled, see quant.fuse_activations
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, symmetric: bool = False) -> None:
         super().__init__()
         self.bits = bits
-        self.symmetric = False
+        self.symmetric = symmetric
         self.observing = False
         for name in ("low", "high", "scale", "zero_point"):  # not persistent: a state dict keeps its float names
             self.register_buffer(name, None, persistent=False)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from quant.convert import check_calibrated
 from quant.integers import activation_codes, quantized_parameters, weight_codes
 from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLinear, quantized_weights
-from quant.quantizers import unsigned_grid
 from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
 from quant.vit import QuantAttention
 
@@ -29,8 +28,9 @@ INPUT, OUTPUT = "images", "logits"
 
 @torch.library.custom_op("psaq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """ONNX's QuantizeLinear: round(x / scale) + zero_point as uint8, saturated; scale and zero point are 0-d."""
-    return ((x / scale).round() + zero_point).clamp(0, 255).to(torch.uint8)
+    """ONNX's QuantizeLinear: round(x / scale) + zero_point, saturated, in the zero point's type; both are 0-d."""
+    limits = torch.iinfo(zero_point.dtype)
+    return ((x / scale).round() + zero_point).clamp(limits.min, limits.max).to(zero_point.dtype)
 
 
 @torch.library.custom_op("psaq::dequantize", mutates_args=())
@@ -40,14 +40,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> T
     return (codes.float() - zero_point.view(shape)) * scale.view(shape)
 
 
-quantize.register_fake(lambda x, scale, zero_point: torch.empty_like(x, dtype=torch.uint8))
+quantize.register_fake(lambda x, scale, zero_point: torch.empty_like(x, dtype=zero_point.dtype))
 dequantize.register_fake(lambda codes, scale, zero_point, axis: torch.empty_like(codes, dtype=torch.float32))
 
 
 class OnnxAct(QuantAct):
     """Modifications: the two operators, apart, so that what lies between them moves integers.
 
-    With less than 8 bits a clip keeps uint8 to the grid: QuantizeLinear saturates at 0, but not at 2^b - 1.
+    With less than 8 bits a clip keeps to the grid: QuantizeLinear saturates where its type ends. Symmetric activations
+    are int8 with a zero point of zero, others uint8.
     """
 
     factor = gain = 1.0  # what input and output are yet to be multiplied by; it costs nothing in the scales
@@ -56,19 +57,22 @@ class OnnxAct(QuantAct):
     def prepare(self) -> None:
         if self.scale is not None:
             self.input_scale, self.scale = self.scale / self.factor, self.scale * self.gain
-            self.ceiling = ((unsigned_grid(self.bits)[1] - self.zero_point) * self.input_scale).item()
-            self.zero_point = self.zero_point.to(torch.uint8)
+            self.ends = [((end - self.zero_point) * self.input_scale).item() for end in self.grid]
+            self.zero_point = self.zero_point.to(torch.int8 if self.symmetric else torch.uint8)
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return x * (self.factor * self.gain)
-        return quantize(x if self.bits == 8 else x.clamp(max=self.ceiling), self.input_scale, self.zero_point)
+        if self.bits < 8:
+            bottom, top = self.ends
+            x = x.clamp(min=bottom if self.symmetric else None, max=top)  # uint8 ends at 0 by itself
+        return quantize(x, self.input_scale, self.zero_point)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        return dequantize(codes, self.scale, self.zero_point, 0) if codes.dtype == torch.uint8 else codes
+        return codes if codes.is_floating_point() else dequantize(codes, self.scale, self.zero_point, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = x if x.dtype == torch.uint8 else self.quantize(x)  # a parameter holds integers already
+        codes = self.quantize(x) if x.is_floating_point() else x  # a parameter holds integers already
         return codes if self.integer_output else self.dequantize(codes)
 
 

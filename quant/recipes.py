@@ -5,7 +5,7 @@ which techniques prepare the weights, set the ranges and round. Each technique i
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 EDGE_BITS = 8  # the least for what stands at a model's ends
@@ -19,7 +19,8 @@ class Recipe:
     points: tuple[str, ...]  # activations that are quantized
     edges: tuple[str, ...] = ()  # activations and weights that have 8 bits at least
     symmetric: bool = False  # activations without zero points
-    rotate: bool = False  # quant/rotation.py, before anything is quantized
+    balance: bool = False  # quant/balance.py, before anything is quantized
+    rotate: bool = False  # quant/rotation.py, after it
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
     correct_biases: bool = False  # quant/correction.py, last
@@ -67,12 +68,13 @@ BEST = Recipe(
         *("attn_pool.act_tokens_input", "attn_pool.act_latent", "attn_pool.norm.act_output"),
     ),
     edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
+    balance=True,
     rotate=True,
     search_ranges=True,
     compensate=True,
     correct_biases=True,
 )
 # The placement alone: what the techniques are measured against.
-INPUTS = replace(BEST, name="inputs", rotate=False, search_ranges=False, compensate=False, correct_biases=False)
+INPUTS = Recipe("inputs", BEST.points, BEST.edges)
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST)}

@@ -35,6 +35,8 @@ def collect(
         "tag": tag,
         "w_bit": options.w_bit,
         "a_bit": options.a_bit,
+        "recipe": options.recipe,
+        "symmetric": options.symmetric,
         "mode": options.mode,
         "seed": options.seed,
         "n": measured.get("n", 0),
@@ -68,7 +70,8 @@ def collect_saved(header: dict, measured: dict) -> dict:
 def headline(options: argparse.Namespace, tag: str, device: torch.device) -> str:
     """What is about to be done."""
     where = utils.run.environment.device_name(device)
-    return f"{tag}: W{options.w_bit}/A{options.a_bit}, {MODES[options.mode]} images, {where}"
+    how = [f"recipe {options.recipe}"] * (options.recipe != "paper") + ["symmetric"] * options.symmetric
+    return ", ".join([f"{tag}: W{options.w_bit}/A{options.a_bit}", *how, f"{MODES[options.mode]} images", where])
 
 
 def report(results: dict) -> str:

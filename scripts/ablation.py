@@ -1,0 +1,153 @@
+"""What each technique of a recipe adds: leave one out, or start with none and add one after another.
+
+    python generate_data.py --model demo_vit --output images.safetensors
+    python scripts/ablation.py --model demo_vit --images images.safetensors --dataset data/demo --bits 8/8 4/4
+
+One row a recipe and bit width is appended to --rows as it is measured, and a row that is there is not measured again.
+Nothing is chosen here: a recipe's settings are those of quant/recipes.py whatever the validation images say.
+"""
+
+import copy
+import csv
+import sys
+import time
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils.run.environment  # isort: skip
+
+import torch
+from torch import Tensor, nn
+
+from models import build_model, evaluation_transform
+from quant import calibrate, quantize_model
+from quant.recipes import BEST, INPUTS, PAPER, Recipe
+from utils.data import validation_images
+from utils.images import load_images
+from utils.options import add_checkpoint, add_model, bit_width
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.options import DEVICE_HELP, Parser, natural, pick_device, positive
+from utils.run.precision import float32_products
+from utils.run.progress import progress_bar
+
+ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
+TECHNIQUES = ("search_ranges", "balance", "rotate", "compensate", "correct_biases")
+COLUMNS = ("model", "w_bit", "a_bit", "recipe", "seed", "n", "top1", "float_top1", "agreement", "calibrate_s")
+COLUMNS = (*COLUMNS, "calibration_images", "device", "torch", "timm", "commit", "date")
+
+
+def variants() -> dict[str, Recipe]:
+    """By name: the recipes, the placement with one technique after another, and the best without one of each."""
+    recipes, recipe = {"paper": PAPER, "inputs": INPUTS}, INPUTS
+    for technique in TECHNIQUES[:-1]:
+        recipe = replace(recipe, **{technique: True})
+        recipes[f"+ {technique}"] = recipe
+    recipes["best"] = BEST  # with the last of them
+    recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in TECHNIQUES[:-1]}
+    return recipes | {f"{recipe.name} symmetric": replace(recipe, symmetric=True) for recipe in (PAPER, BEST)}
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
+    """The first prediction for each of `images` (B, 3, H, W), ties broken as utils.evaluate does: (B,)."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device)).topk(1).indices[:, 0].cpu() for batch in images.split(batch_size)])
+
+
+def measure(quantized: nn.Module, expected: Tensor, images: Tensor, labels: Tensor) -> dict:
+    """Accuracy of a quantized model, and how often it predicts what the float one does, `expected` (B,)."""
+    predicted = predict(quantized, images)
+    percent = {"top1": predicted == labels, "float_top1": expected == labels, "agreement": predicted == expected}
+    return {"n": len(labels)} | {name: round(100 * hits.float().mean().item(), 3) for name, hits in percent.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that are there."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Append one row, the first after the names of the columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def ablate(
+    model: nn.Module, calibration: Tensor, val: tuple[Tensor, Tensor], w_bit: int, a_bit: int, names: list[str]
+) -> Iterator[dict]:
+    """What was measured of each recipe of `names` for a float model, which stays as it is."""
+    images, labels = val
+    expected = predict(model, images)
+    for name in progress_bar(names, desc=f"W{w_bit}/A{a_bit}", unit="recipe"):
+        quantized = quantize_model(copy.deepcopy(model), w_bit, a_bit, recipe=variants()[name])
+        start = time.perf_counter()
+        calibrate(quantized, calibration)
+        seconds = round(time.perf_counter() - start, 1)
+        measured = measure(quantized, expected, images, labels)
+        yield {"w_bit": w_bit, "a_bit": a_bit, "recipe": name, **measured, "calibrate_s": seconds}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add_model(parser)
+    add_checkpoint(parser)
+    add = parser.add_argument
+    add("--dataset", type=Path, required=True, metavar="DIR", help="data set with val/ class folders")
+    add("--images", type=Path, required=True, metavar="FILE", help="generated images to calibrate with")
+    add("--bits", nargs="+", default=["8/8", "4/8", "6/6", "4/4"], metavar="W/A", help="bit widths (8/8 4/8 6/6 4/4)")
+    add("--recipes", nargs="+", choices=variants(), default=list(variants()), metavar="NAME", help="which (all)")
+    add("--seed", type=natural, default=0, metavar="N", help="seed of the images, for the rows (0)")
+    add("--limit", type=positive, metavar="N", help="validate on N images (all)")
+    add("--device", metavar="NAME", help=DEVICE_HELP)
+    add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/recipes.csv)")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    model = build_model(options.model, options.checkpoint).to(device)
+    calibration = load_images(options.images, model.patch_embed.img_size)["images"]
+    data = validation_images(options.dataset, evaluation_transform(model), model.num_classes, None, options.limit)
+    items = [data[index] for index in range(len(data))]
+    val = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    versions = utils.run.environment.versions()
+    about = {
+        "model": options.model,
+        "seed": options.seed,
+        "calibration_images": len(calibration),
+        "device": utils.run.environment.device_name(device),
+        "torch": versions["torch"],
+        "timm": versions["timm"],
+        "commit": utils.run.environment.commit(),
+    }
+    done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_rows(options.rows)}
+    for text in options.bits:
+        w_bit, a_bit = parse_bits(text)
+        key = (options.model, str(w_bit), str(a_bit))
+        names = [name for name in options.recipes if (*key, name, str(options.seed)) not in done]
+        with float32_products():
+            for row in ablate(model, calibration, val, w_bit, a_bit, names):
+                date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                append_row(options.rows, about | row | {"date": date})
+                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """4/8 is 4 bits for weights and 8 for activations."""
+    try:
+        w_bit, a_bit = map(bit_width, text.split("/"))
+    except (ValueError, ArgumentTypeError) as error:
+        raise InputError(f"--bits: expected W/A, as 4/8; got '{text}'") from error
+    return w_bit, a_bit
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,51 @@
+"""Recipes on a model with outliers that it did not have before, although it is the same function."""
+
+import copy
+
+import pytest
+import torch
+from rescaling import rescale
+
+from models.zoo import build_model
+from quant import calibrate, quantize_model
+from quant.balance import balance
+from quant.recipes import BEST, INPUTS, PAPER
+
+IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3) / 20  # smooth
+
+
+def error(model, logits, recipe):
+    quantized = calibrate(quantize_model(copy.deepcopy(model), 6, 6, recipe=recipe), IMAGES)
+    return ((quantized(IMAGES) - logits).square().mean() / logits.var()).sqrt().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
+def test_outliers_break_the_paper_and_not_the_best_recipe(name):
+    model = build_model(name)
+    logits, plain = model(IMAGES), error(model, model(IMAGES), BEST)
+    rescale(model)
+    torch.testing.assert_close(model(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    assert error(model, logits, PAPER) > 4 * error(model, logits, BEST)
+    assert error(model, logits, INPUTS) > 2 * error(model, logits, BEST)
+    assert error(model, logits, BEST) < 1.5 * plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
+def test_balance_is_the_same_function_and_undoes_every_rescaling(name):
+    model = build_model(name)
+    logits, scaled = model(IMAGES), rescale(copy.deepcopy(model))
+    balance(model), balance(scaled)
+    torch.testing.assert_close(model(IMAGES), logits, rtol=1e-3, atol=1e-4)
+    for (key, before), after in zip(model.state_dict().items(), scaled.state_dict().values(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@torch.no_grad()
+def test_channels_of_nothing_are_left(vit):
+    vit.blocks[0].norm1.weight[3] = 0
+    vit.blocks[0].attn.proj.weight[:, 5] = 0
+    logits = vit(IMAGES[:, :, :32, :32])
+    balance(vit)
+    torch.testing.assert_close(vit(IMAGES[:, :, :32, :32]), logits)
