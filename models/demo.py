@@ -1,4 +1,4 @@
-"""The small models that come with the project, trained by scripts/train.py on fractals and on photographs."""
+"""Small models that scripts/train.py trains; the weights of the demo models are beside this file."""
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from models import demo
 from models.zoo import normalization
 from utils import fractals
+from utils.photographs import DATA, prepare_dataset
 from utils.run.environment import device_name
 from utils.run.errors import exit_cleanly
 from utils.run.files import check_writable, replacing
@@ -220,8 +221,9 @@ class Photographs:
     """CIFAR-10: every epoch has each of the 50,000 images at most once, in an order of its own."""
 
     def __init__(self, workers: int) -> None:
-        self.val = read_photographs(ROOT / "data" / "cifar10" / "val")
-        images, self.labels = read_photographs(ROOT / "data" / "cifar10" / "train")
+        root = prepare_dataset("cifar10", DATA)
+        self.val = read_photographs(root / "val")
+        images, self.labels = read_photographs(root / "train")
         padded = F.pad(images.permute(0, 3, 1, 2).float(), [PADDING] * 4, mode="reflect")
         self.padded = padded.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
         self.size = images.shape[1]
