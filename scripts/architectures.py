@@ -15,17 +15,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
 import inspect
 from collections import defaultdict
+from collections.abc import Callable
 from importlib import import_module
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quant import UnsupportedModelError, check_supported
 from utils.run.progress import progress_bar
 
 # Of these names, but between channels, or of one query for all tokens at the end of a convolutional network
 NOT_ATTENTION = ("SplitAttn", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolLatent")
+
+
+# What fills a tensor: for one without memory it would do nothing, and take most of the time
+FILLING = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "div_", "clamp_", "fill_", "zero_", "copy_")
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Within the context, as within torch.device("meta"), nothing is filled."""
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
+        if getattr(function, "__name__", "") in FILLING:
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def candidates() -> list[str]:
@@ -60,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     families: dict[str, dict[str, str]] = defaultdict(dict)
     for name in progress_bar(candidates(), desc="checking", unit="model"):
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutMemory():
             model = timm.create_model(name)
         if has_attention(model):
             families[type(model).__name__][name] = reason(model)

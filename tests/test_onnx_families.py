@@ -37,8 +37,7 @@ def float_products(graph):
         return node.op_type not in MOVES or any(is_float(entry) for entry in node.input if entry in depends)
 
     for node in graph.node:
-        product = node.op_type in ("MatMul", "Gemm", "Conv") and depends & set(node.input)
-        if product and any(map(is_float, node.input[:2])):
+        if node.op_type in ("MatMul", "Gemm", "Conv") and any(map(is_float, node.input[:2])):
             found.append(node.name)
     return found
 
@@ -46,8 +45,7 @@ def float_products(graph):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
 def test_graph_is_the_model_and_its_products_are_quantized(family):
-    model = build(family)
-    expected, logits = model(IMAGES), {}
+    expected = build(family)(IMAGES)
     for recipe in (INPUTS, PAPER):
         quantized = calibrate(quantize_model(build(family), recipe=recipe), IMAGES)
         graph = to_onnx(quantized)
