@@ -126,8 +126,8 @@ def main() -> None:
     }
     for text in options.bits:
         w_bit, a_bit = parse_bits(text)
-        key = (options.model, str(w_bit), str(a_bit))
-        names = [name for name in options.recipes if (*key, name, str(options.seed)) not in done]
+        about_bits = (options.model, str(w_bit), str(a_bit))
+        names = [name for name in options.recipes if (*about_bits, name, str(options.seed)) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
