@@ -1,7 +1,7 @@
 """Ranges by squared error: clip what is rare, where that rounds the rest more finely.
 
-The ends of a range are drawn in, one after the other, by whole percents. What a candidate costs is read from a
-histogram of the activation; the error is that of the tensor itself, not of the output of the layer that reads it.
+The ends of a range are drawn in by whole percents: both, then the upper, then the lower. What a candidate costs is
+read from a histogram; the error is that of the tensor itself, not of the output of the layer that reads it.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,7 @@ from quant.modules import QuantAct, named_activations
 from quant.quantizers import FLOAT_BITS, fake_quantize_
 
 BINS = 2048  # eight for each step of 8 bits
-FACTORS = torch.arange(100, 9, -1) / 100  # of one end of a range
-ROUNDS = 2  # of drawing in the upper end, then the lower
+FACTORS = torch.arange(100, 9, -1) / 100  # of an end of a range
 
 
 @torch.no_grad()
@@ -57,12 +56,11 @@ def search_range(act: QuantAct, count: Tensor) -> tuple[Tensor, Tensor]:
     width = (high - low) / BINS
     values = low + width * (torch.arange(BINS, device=low.device) + 0.5)  # the middle of each part
     factors = FACTORS.to(low.device)
-    for _ in range(ROUNDS):
-        for end in ("high", "low"):
-            lows, highs = (low, high * factors) if end == "high" else (low * factors, high)
-            lows, highs = torch.broadcast_tensors(lows, highs)
-            best = range_errors(act, lows, highs, values, count).argmin()
-            low, high = lows[best], highs[best]
+    ones = torch.ones_like(factors)
+    for lower, upper in ((factors, factors), (ones, factors), (factors, ones)):
+        lows, highs = low * lower, high * upper
+        best = range_errors(act, lows, highs, values, count).argmin()
+        low, high = lows[best], highs[best]
     return low, high
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER, Recipe
+from scripts.tables import read_ablation
 from utils.data import validation_images
 from utils.images import load_images
 from utils.options import add_checkpoint, add_model, bit_width
@@ -63,14 +64,6 @@ def measure(quantized: nn.Module, expected: Tensor, images: Tensor, labels: Tens
     predicted = predict(quantized, images)
     percent = {"top1": predicted == labels, "float_top1": expected == labels, "agreement": predicted == expected}
     return {"n": len(labels)} | {name: round(100 * hits.float().mean().item(), 3) for name, hits in percent.items()}
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -128,11 +121,13 @@ def main() -> None:
         "timm": versions["timm"],
         "commit": utils.run.environment.commit(),
     }
-    done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_rows(options.rows)}
+    done = {
+        (row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_ablation(options.rows)
+    }
     for text in options.bits:
         w_bit, a_bit = parse_bits(text)
-        key = (options.model, str(w_bit), str(a_bit))
-        names = [name for name in options.recipes if (*key, name, str(options.seed)) not in done]
+        about_bits = (options.model, str(w_bit), str(a_bit))
+        names = [name for name in options.recipes if (*about_bits, name, str(options.seed)) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -3,6 +3,7 @@
 python scripts/tables.py [--check]
 """
 
+import csv
 import statistics
 import sys
 from pathlib import Path
@@ -74,6 +75,40 @@ def paper_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", provenance(rows)])
 
 
+def recipes_table(rows: list[dict[str, str]]) -> str:
+    """What was measured of each recipe: a table for each model, a column for each bit width."""
+    if not rows:
+        return "Not run yet."
+    tables = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        some = [row for row in rows if row["model"] == model]
+        bits = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in some))
+        floats = float(some[0]["float_top1"])
+        lines = [f"| {model} ({floats:.2f}) |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)]
+        lines.append("|---" * (len(bits) + 1) + "|")
+        for recipe in dict.fromkeys(row["recipe"] for row in some):
+            cells = [[row for row in some if (row["recipe"], row["w_bit"], row["a_bit"]) == (recipe, *b)] for b in bits]
+            lines.append(f"| {recipe} |" + "".join(f" {recipe_cell(cell)} |" for cell in cells))
+        seeds, last = len({row["seed"] for row in some}), some[-1]
+        about = f"{last['n']} images, {seeds} seed{'s' * (seeds > 1)}, {last['calibration_images']} generated images"
+        about += f"; {last['device']}, torch {last['torch']}, timm {last['timm']}."
+        tables.append("\n".join([*lines, "", about]))
+    return "\n\n".join(tables)
+
+
+def recipe_cell(rows: list[dict[str, str]]) -> str:
+    """Means over the seeds of top-1 and, in brackets, of the agreement."""
+    if not rows:
+        return "-"
+    top1, agreement = (statistics.mean(float(row[key]) for row in rows) for key in ("top1", "agreement"))
+    return f"{top1:.2f} ({agreement:.1f})"
+
+
+def read_ablation(path: Path) -> list[dict[str, str]]:
+    """The rows of scripts/ablation.py, none if the file is absent."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
 def values(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> list[float]:
     """Top-1 of every seed of one cell."""
     wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "mode": mode, "error": ""}
@@ -108,22 +143,23 @@ def provenance(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     check = "--check" in sys.argv[1:]
-    for name, (table, page) in TABLES.items():
+    for name, (table, page, read) in TABLES.items():
         text = (ROOT / page).read_text()
         begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"
         before, rest = text.split(begin)
-        written = before + begin + table(read_rows(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
+        written = before + begin + table(read(RESULTS / f"{name}.csv")) + "\n" + end + rest.split(end)[1]
         if not check:
             (ROOT / page).write_text(written)
         elif written != text:
             sys.exit(f"{page} is out of date: run python scripts/tables.py")
 
 
-# By the name of their rows: what makes the table, and the page that has it
+# By the name of their rows: what makes the table, the page that has it, and what reads the rows
 TABLES = {
-    "demo": (demo_table, "README.md"),
-    "precision": (precision_table, "docs/results.md"),
-    "paper": (paper_table, "docs/results.md"),
+    "demo": (demo_table, "README.md", read_rows),
+    "precision": (precision_table, "docs/results.md", read_rows),
+    "paper": (paper_table, "docs/results.md", read_rows),
+    "recipes": (recipes_table, "docs/recipes.md", read_ablation),
 }
 
 if __name__ == "__main__":

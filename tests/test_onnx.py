@@ -1,6 +1,7 @@
 """The ONNX graph of a calibrated model: valid, of integers, and the same function as the simulation."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from quant import calibrate, quantize_model
 from quant.modules import named_activations
 from quant.quantizers import fake_quantize_, unsigned_grid
-from quant.recipes import INPUTS, PAPER
+from quant.recipes import BEST, INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -64,6 +65,17 @@ def test_float_model_is_exported_as_it_is(model):
     torch.testing.assert_close(run(graph, IMAGES[:3]), model(IMAGES[:3]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recipe", [PAPER, BEST], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("bits", [8, 5])
+def test_symmetric_activations_are_int8_without_zero_points(model, bits, recipe):
+    graph = check(model, bits, bits, recipe=replace(recipe, symmetric=True)).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants |= {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node
+                  if node.op_type == "Constant" and node.attribute[0].t.ByteSize()}  # fmt: skip
+    zeros = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert zeros and all(zero.dtype == "int8" and not zero.any() for zero in zeros)
+
+
 def test_float_quantizers_leave_their_products_in_float(vit):
     graph = check(vit, 8, 8, skip=["blocks.0.*", "act_position"])
     types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
@@ -88,10 +100,11 @@ def test_products_run_in_integers(model, tmp_path):
     assert operators.count("MatMul") == blocks  # softmax's output times the values
 
 
-def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path):
+@pytest.mark.parametrize("recipe", [INPUTS, replace(BEST, symmetric=True)], ids=lambda recipe: recipe.name)
+def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path, recipe):
     blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
     products = 6 * blocks + 2 + hasattr(model, "layers")  # qkv, scores, context, proj, fc1, fc2; ends; one merging
-    run(to_onnx(quantized(model, recipe=INPUTS)), IMAGES[:1], tmp_path / "optimized.onnx")
+    run(to_onnx(quantized(model, recipe=recipe)), IMAGES[:1], tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert sum(map(operators.count, ("MatMulIntegerToFloat", "QLinearMatMul"))) == products
     assert "MatMul" not in operators and "Gemm" not in operators

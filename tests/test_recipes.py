@@ -1,6 +1,7 @@
 """Which quantizers a recipe places, and that all else follows from it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from models.saved import load_quantized, save_quantized
 from models.zoo import build_model
 from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
 from quant.integers import integer_state, load_integer_state
-from quant.recipes import INPUTS, PAPER, Recipe
+from quant.modules import named_activations
+from quant.recipes import BEST, INPUTS, PAPER, Recipe
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 BLOCK = (
@@ -66,18 +68,27 @@ def test_a_quantized_softmax_still_has_a_gradient(model):
 
 
 @torch.no_grad()
-def test_integers_are_loaded_bit_for_bit(model):
-    saved = calibrate(quantize_model(copy.deepcopy(model), 4, 8, recipe=INPUTS), IMAGES)
-    loaded = load_integer_state(quantize_model(model, 4, 8, recipe=INPUTS), integer_state(saved))
+@pytest.mark.parametrize("recipe", [INPUTS, BEST, replace(PAPER, symmetric=True)], ids=lambda recipe: recipe.name)
+def test_integers_are_loaded_bit_for_bit(model, recipe):
+    saved = calibrate(quantize_model(copy.deepcopy(model), 4, 6, recipe=recipe), IMAGES)
+    loaded = load_integer_state(quantize_model(model, 4, 6, recipe=recipe), integer_state(saved))
     assert torch.equal(loaded(IMAGES), saved(IMAGES))
+
+
+@torch.no_grad()
+def test_symmetric_activations_have_no_zero_point(model):
+    calibrate(quantize_model(model, 8, 4, recipe=replace(BEST, symmetric=True)), IMAGES)
+    for name, act in named_activations(model):
+        assert act.zero_point == 0 and act.grid == (-(2 ** (act.bits - 1)), 2 ** (act.bits - 1) - 1), name
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
 def test_a_file_knows_what_was_placed(tmp_path, name):
     images = torch.randn(4, 3, 64, 64)
-    saved = calibrate(quantize_model(build_model(name), 4, 6, ["*.act_probs"], INPUTS), images)
+    recipe = replace(INPUTS, symmetric=True)
+    saved = calibrate(quantize_model(build_model(name), 4, 6, ["*.act_probs"], recipe), images)
     save_quantized(tmp_path / "m.safetensors", saved, name)
     loaded, header = load_quantized(tmp_path / "m.safetensors")
-    assert header["bits"] == quantizer_bits(saved) == quantizer_bits(loaded)
+    assert header["bits"] == quantizer_bits(saved) == quantizer_bits(loaded) and loaded.recipe == recipe
     assert torch.equal(loaded(images), saved(images))
