@@ -114,7 +114,6 @@ def main() -> None:
 def train(model: nn.Module, recipe: Recipe, data: "Fractals | Photographs", seed: int, place: Path) -> Optimisation:
     """The training of a model, in place; weights on the way are kept as `place`_step1000.safetensors, ..."""
     device, optimizers = next(model.parameters()).device, make_optimizers(model, recipe)
-    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
 
     def step(number: int) -> Tensor:
         if number and number % KEPT_EVERY == 0:
@@ -152,7 +151,8 @@ def build(name: str) -> nn.Module:
     Its positions start as sinusoids, and each head's keys as its queries, so that a patch sees patches like it and
     near it (after Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
     """
-    model = getattr(demo, name)()
+    set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
+    model = getattr(demo, name)()  # which asks for that setting when it is made
     if name == "cifar_vit":
         with torch.no_grad():
             width, grid = model.embed_dim, list(model.patch_embed.grid_size)
