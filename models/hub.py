@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from utils.run.errors import InputError
 
@@ -42,9 +42,9 @@ def hub_file(name: str, files: tuple[str, ...]) -> Path | None:
             return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision or None))
         except RepositoryNotFoundError as error:
             raise InputError(f"hf-hub:{name}: the hub has no such model, or not for everyone") from error
-        except RemoteEntryNotFoundError:
-            continue
-        except (OSError, RuntimeError, ValueError) as error:
+        except (EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue  # the next one, perhaps
             raise InputError(f"hf-hub:{name}: {file} is {CACHE_HELP.format(reason=error)}") from error
     return None
 

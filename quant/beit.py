@@ -60,7 +60,7 @@ class QuantBeit(Beit):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(self.act_input(x.clone()))
-        x = self.act_tokens(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
+        x = self.act_tokens(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1))
         if self.pos_embed is not None:
             x = self.act_embedding(x + self.act_position(self.pos_embed.clone()))
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()

@@ -21,7 +21,7 @@ class QuantAttentionPoolLatent(AttentionPoolLatent):
         return ("act_tokens_input", "act_latent", *QuantAttention.activations, *residual)
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.q(self.act_latent(self.latent.clone()).expand(len(x), -1, -1))  # a parameter, as an activation
+        query = self.q(self.act_latent(self.latent.clone()).expand(x.shape[0], -1, -1))  # a parameter, as an activation
         keys, values = self.kv(self.act_tokens_input(x.clone())).chunk(2, dim=-1)  # (B, N, D) each
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (query, keys, values))
         q, k, v = self.act_query(self.q_norm(q)), self.act_key(self.k_norm(k)), self.act_value(v)

@@ -41,7 +41,7 @@ class WithoutMemory(TorchFunctionMode):
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Tensor:
         if getattr(function, "__name__", "") in FILLING:
-            return args[0]
+            return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 

@@ -171,10 +171,11 @@ def test_models_of_timm_are_swapped_whole(name):
 
 
 UNSUPPORTED = {
-    "resnet18": "ResNet",
+    "resnet18": "expected a timm VisionTransformer,.*got ResNet",
     "cait_xxs24_224": "Cait",
-    "vit_relpos_base_patch16_224": "VisionTransformerRelPos",
     "vit_base_r26_s32_224": "patch_embed.*HybridEmbed.*expected PatchEmbed",
+    "vit_base_patch16_xp_224": r"blocks\.0 is a .*ParallelScalingBlock.*expected Block",
+    "xcit_nano_12_p16_224": "Xcit",
 }
 
 
@@ -192,6 +193,14 @@ def test_models_that_are_not_understood_are_refused_by_name(name):
 def test_unknown_parts_of_a_known_model_are_refused(option):
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, **option)
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp"):
+        check_supported(model)
+
+
+def test_a_vit_that_has_neither_class_token_nor_pooling_is_refused():
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "global_pool": "avg"}
+    model = VisionTransformer(class_token=False, **options)
+    model.global_pool = "token"
+    with pytest.raises(UnsupportedModelError, match="expected a class token, or pooling"):
         check_supported(model)
 
 

@@ -6,9 +6,10 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import save_for_hf
 
-from models import build_model, class_names, data_config, model_tag
+from models import build_model, class_names, data_config, hub, model_tag
 from models.saved import load_quantized, save_quantized
 from quant import calibrate, quantize_model
 from utils.run.errors import InputError
@@ -80,6 +81,23 @@ def test_a_repository_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names, **options: None)
     with pytest.raises(InputError, match=r"config\.json is neither in the cache.*HF_HUB_OFFLINE is set"):
         build_model("hf-hub:someone/birds")
+
+
+def test_of_several_files_the_first_that_the_hub_has_is_taken(tmp_path, monkeypatch):
+    def download(repo, name, revision=None):
+        if name == "config.json":
+            raise LocalEntryNotFoundError("no network")
+        if name == "model.safetensors":
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names, **options: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
+    assert hub.hub_file("someone/birds", hub.WEIGHTS) == tmp_path / "pytorch_model.bin"
+    assert hub.hub_file("someone/birds", ("model.safetensors",)) is None
+    with pytest.raises(InputError, match=r"config\.json is neither in the cache.*no network"):
+        hub.hub_file("someone/birds", ("config.json",))
 
 
 CONFIGS = {
