@@ -1,6 +1,6 @@
 """Ranges by squared error: clip what is rare, where that rounds the rest more finely.
 
-The ends of a range are drawn in by whole percents: both, then the upper, then the lower. What a candidate costs is
+The ends of a range are drawn in by whole percents: both, then one after the other. What a candidate costs is
 read from a histogram; the error is that of the tensor itself, not of the output of the layer that reads it.
 """
 
@@ -14,6 +14,7 @@ from quant.quantizers import FLOAT_BITS, fake_quantize_
 
 BINS = 2048  # eight for each step of 8 bits
 FACTORS = torch.arange(100, 9, -1) / 100  # of an end of a range
+ROUNDS = 2  # of the ends one after the other
 
 
 @torch.no_grad()
@@ -56,9 +57,9 @@ def search_range(act: QuantAct, count: Tensor) -> tuple[Tensor, Tensor]:
     width = (high - low) / BINS
     values = low + width * (torch.arange(BINS, device=low.device) + 0.5)  # the middle of each part
     factors = FACTORS.to(low.device)
-    ones = torch.ones_like(factors)
-    for lower, upper in ((factors, factors), (ones, factors), (factors, ones)):
-        lows, highs = low * lower, high * upper
+    for ends in ("both", *("high", "low") * ROUNDS):  # both at first, as the larger alone is what a symmetric one has
+        lows = low.expand(len(factors)) if ends == "high" else act.low * factors
+        highs = high.expand(len(factors)) if ends == "low" else act.high * factors
         best = range_errors(act, lows, highs, values, count).argmin()
         low, high = lows[best], highs[best]
     return low, high
