@@ -64,7 +64,7 @@ from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
 from utils.run.options import Parser, natural, pick_device, positive
 from utils.run.precision import float32_products
-from utils.run.record import RUNS, Record, open_record
+from utils.run.record import RUNS, Record, check_place, open_record
 from utils.run.seeds import make_deterministic
 
 DEMO_DATA = Path(__file__).resolve().parent / "data" / "demo"
@@ -250,6 +250,7 @@ def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | Non
     for option in ("images", "checkpoint", "class_map"):
         if (file := getattr(options, option)) and not file.is_file():
             raise InputError(f"--{option.replace('_', '-')} {file}: no such file")
+    check_place(options.output_dir)
     for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
         if folder:
             check_writable(folder)

@@ -6,7 +6,7 @@ import torch
 from utils.run import record as records
 from utils.run.errors import InputError
 from utils.run.files import locked
-from utils.run.record import open_record
+from utils.run.record import check_place, open_record
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +68,12 @@ def test_state_is_kept_beside_the_folder_until_the_run_ends_well(tmp_path):
         assert record.state == tmp_path / "out.unfinished" and record.state.is_dir()
         record.write("results.json", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_and_nothing_is_left(tmp_path, runs):
+    check_place(tmp_path / "new")
+    check_place(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="expected a folder to write to"):
+        check_place(tmp_path / "file" / "x")

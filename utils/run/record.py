@@ -63,6 +63,14 @@ class Record:
         }
 
 
+def check_place(folder: Path | None) -> None:
+    """Refuse a folder for results, None for runs/, that cannot be written to; one that is not there is not left behind."""
+    made = folder is not None and not folder.exists()
+    check_writable(folder or RUNS)
+    if made:
+        folder.rmdir()
+
+
 @contextmanager
 def open_record(folder: Path | None, name: str, resume: bool | None = None) -> Iterator[Record]:
     """The record of a run that has its folder for itself.
