@@ -32,7 +32,8 @@ def float_products(graph):
         node = nodes.get(name)
         if name not in depends or node is None or node.op_type == "DequantizeLinear":
             return name == "images"
-        return node.op_type not in MOVES or any(is_float(entry) for entry in node.input if entry in depends)
+        moved = node.input if node.op_type == "Concat" else node.input[:1]  # the others are shapes and places
+        return node.op_type not in MOVES or any(map(is_float, moved))
 
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm", "Conv") and any(map(is_float, node.input[:2])):
