@@ -64,7 +64,7 @@ class Record:
 
 
 def check_place(folder: Path | None) -> None:
-    """Refuse a folder for results, None for runs/, that cannot be written to; one that is not there is not left behind."""
+    """Refuse a folder for results, None for runs/, that cannot be written to; none is left that was not there."""
     made = folder is not None and not folder.exists()
     check_writable(folder or RUNS)
     if made:
