@@ -6,8 +6,6 @@ both is the same whatever factors the training left, so that quantization no lon
 equalization (Nagel et al., ICCV 2019, section 4.1) with lengths in place of ranges; it needs no data.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -18,20 +16,21 @@ _SMALLEST = 1e-6  # length of a channel, of which there is nothing to balance
 def balance(model: nn.Module) -> None:
     """Balance norms with the layers that read them, and values with the projection, of a timm model in place."""
     for block in [module for module in model.modules() if hasattr(module, "norm1")]:
-        balance_norm(block.norm1, [block.attn.qkv])
-        balance_norm(block.norm2, [block.mlp.fc1])
+        balance_norm(block.norm1, block.attn.qkv, 2 * block.attn.proj.in_features)
+        balance_norm(block.norm2, block.mlp.fc1)
         balance_values(block.attn)
 
 
 @torch.no_grad()
-def balance_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear]) -> None:
-    """Between a layer norm's gain and the columns of the layers after it."""
-    columns = torch.cat([layer.weight.double() for layer in readers]).norm(dim=0)
-    factor = _factor(norm.weight.double().abs(), columns)
+def balance_norm(norm: nn.LayerNorm, reader: nn.Linear, rows: int | None = None) -> None:
+    """Between a layer norm's gain and the columns of the layer after it, of which the first `rows` rows are measured.
+
+    Those of queries and keys: how large the values are depends on the projection, with which they are balanced next.
+    """
+    factor = _factor(norm.weight.double().abs(), reader.weight[:rows].double().norm(dim=0))
     for parameter in (norm.weight, norm.bias):
         parameter.div_(factor)
-    for layer in readers:
-        layer.weight.mul_(factor)
+    reader.weight.mul_(factor)
 
 
 @torch.no_grad()
