@@ -76,8 +76,8 @@ class Recipe:
 RECIPES = {
     "demo_vit": Recipe("fractals", cosine_cycles(5000), 64, 1e-3, None, torch.float32),
     "demo_swin": Recipe("fractals", cosine_cycles(3750, 1875), 64, 1e-3, None, torch.float32),
-    "cifar_vit": Recipe("photographs", trapezoid(6000, decay=2000), 128, 3e-3, 0.02, torch.float16),
-    "cifar_swin": Recipe("photographs", trapezoid(6000, decay=2000), 128, 3e-3, 0.02, torch.float16),
+    "cifar_vit": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
+    "cifar_swin": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
 }
 KEPT_EVERY = 1000  # steps between the checkpoints that stay
 
