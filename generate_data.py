@@ -10,13 +10,11 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
@@ -24,26 +22,21 @@ from torch import Tensor, nn
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
 from utils.attention import attention_outputs, first_not_finite, frozen
-from utils.entropy import patch_similarity_entropy, total_variation
-from utils.images import draw_noise, save_folder, save_images
-from utils.options import add_checkpoint, add_computation, add_image_size, add_model, add_plots, add_steps_and_seed
-from utils.plots import plot_losses, require_matplotlib
+from utils.images import draw_noise, save_images
+from utils.losses import TERMS, LossTerms, loss_terms, try_out
+from utils.options import check_generation, parse_generation
+from utils.plots import plot_losses
 from utils.run.compilation import compiled_when_called
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
-from utils.run.errors import InputError, exit_cleanly
-from utils.run.files import check_writable
+from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
 from utils.run.optimisation import Optimisation
-from utils.run.options import Parser, pick_device, positive
-from utils.run.precision import default_precision, float32_products, model_products
+from utils.run.options import pick_device
+from utils.run.precision import default_precision, float32_products
 from utils.run.progress import progress_bar
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
 from utils.run.state import digest, unfinished
-
-FORMATS = (".safetensors", ".npy", "")  # of --output
-TERMS = ("L_PSE", "L_OH", "L_TV")  # of the loss
-LossTerms = Callable[[Tensor, Tensor, Tensor], Tensor]  # see loss_terms
 
 
 @dataclass(frozen=True)
@@ -207,34 +200,6 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def loss_terms(model: nn.Module, outputs: list[Tensor], precision: str) -> LossTerms:
-    """The function from images (B, 3, H, W), labels (B,) and TV target (0-d) to [L_PSE, L_OH, L_TV]: (3,) in float32.
-
-    Without a classifier L_OH is 0.
-
-    Args:
-        outputs: the list to which `attention_outputs` appends.
-    """
-
-    def terms(images: Tensor, labels: Tensor, tv_target: Tensor) -> Tensor:
-        outputs.clear()
-        variation = total_variation(images)  # first: its backward pass is then the last, when activations are gone
-        with model_products(precision, images.device):
-            logits = model(images)  # (B, classes)
-        entropies = [patch_similarity_entropy(features, len(images)) for features in outputs]
-        outputs.clear()
-        cross_entropy = F.cross_entropy(logits.float(), labels) if model.num_classes else images.new_zeros(())
-        return torch.stack([-sum(entropies), cross_entropy, (variation - tv_target).abs()])
-
-    return terms
-
-
-def try_out(terms: LossTerms, images: Tensor, labels: Tensor, tv_target: Tensor) -> Tensor:
-    """The gradient for the images, which changes nothing: to see whether it can be had."""
-    images = images.detach().requires_grad_()
-    return torch.autograd.grad(terms(images, labels, tv_target).sum(), images)[0]
-
-
 def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
     """What the command line asks for, or else what is fast on the device."""
     return GenerationSettings(
@@ -245,55 +210,20 @@ def generation_settings(options: argparse.Namespace, device: torch.device) -> Ge
     )
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    usage = "%(prog)s [--model NAME] [--num-images N] [--output FILE] [further options]"
-    parser = Parser(usage=usage, description="Generate images from a vision transformer, with no data.")
-    images, output = parser.add_argument_group("images"), parser.add_argument_group("output")
-    add_model(images)
-    add_checkpoint(images)
-    add_image_size(images)
-    images.add_argument("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
-    add_steps_and_seed(images)
-    output.add_argument(
-        "--output",
-        type=Path,
-        default=Path("images.safetensors"),
-        metavar="FILE",
-        help="file for the images, .safetensors or .npy, with a picture of them beside it; a name without suffix is a "
-        "folder for PNG files, one folder a class (images.safetensors)",
-    )
-    add_plots(output)
-    add_computation(parser)
-    return parser.parse_args(arguments)
-
-
-def check_options(options: argparse.Namespace) -> torch.device:
-    """Refuse what cannot work before any work is done; returns the device."""
-    model_tag(options.model)
-    if options.output.suffix not in FORMATS:
-        expected = "a name that ends in .safetensors or .npy, or a folder's name without suffix"
-        raise InputError(f"--output: expected {expected}; got {options.output}")
-    if not options.output.suffix and options.output.exists():
-        raise InputError(f"--output {options.output}: expected a folder that is not there yet; it is")
-    if options.plots:
-        require_matplotlib()
-    device = pick_device(options.device)
-    check_writable(options.output.parent)
-    return device
-
-
 def run(options: argparse.Namespace) -> None:
     """Generate, and write the images, a picture of them, and plots if asked for."""
     if options.deterministic:
         make_deterministic()
     with first_process_first():
-        device = check_options(options)
+        model_tag(options.model)
+        check_generation(options)
+        device = pick_device(options.device)
     losses: list[list[float]] = []
     with unfinished(options.output.with_suffix(".unfinished"), options.resume) as state:
         with first_process_first():
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
-        by_first(print)(*model_notes(model), sep="\n", end="\n" if model_notes(model) else "")
+        for line in model_notes(model):
+            by_first(print)(line)
         settings = generation_settings(options, device)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
@@ -301,15 +231,10 @@ def run(options: argparse.Namespace) -> None:
 
 @by_first
 def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses: list[list[float]]) -> None:
-    """Write what was generated."""
-    labels = draw_labels(len(images), model.num_classes, options.seed)
-    where = str(options.output)
-    if options.output.suffix:
-        drawn = {"labels": labels} if model.num_classes else {}
-        picture = save_images(options.output, *normalization(model), images, class_names(model), **drawn)
-        where += f", and to look at: {picture}"
-    else:
-        save_folder(options.output, *normalization(model), images, labels, resized_size(model))
+    """Write what was generated, and say where it is."""
+    labels = {"labels": draw_labels(len(images), model.num_classes, options.seed)} if model.num_classes else {}
+    names, padded = class_names(model), resized_size(model)
+    where = save_images(options.output, *normalization(model), images, names, padded, **labels)
     if options.plots:
         noise = draw_noise(len(images), model.patch_embed.img_size, options.seed)
         plot_losses(options.output.with_suffix(".losses.png"), model, noise, images, losses)
@@ -319,7 +244,7 @@ def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses:
 def main() -> None:
     with process_group():
         with first_process_first():
-            options = parse()
+            options = parse_generation()
         run(options)
 
 

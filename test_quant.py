@@ -32,22 +32,14 @@ from models import (
 from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
 from quant import RECIPES, activation_ranges, calibrate, quantize_model
 from utils.cache import check_cache, validation_loader
-from utils.data import Images, check_dataset, check_same_classes, draw_images, validation_images
+from utils.data import Images, check_dataset, draw_images, open_data
 from utils.evaluate import compare, evaluate, fuse_rounding
 from utils.fractals import write_demo_data
 from utils.images import draw_noise, load_images, save_images
 from utils.neighbours import compare_embeddings, neighbour_accuracy
-from utils.options import (
-    add_bits,
-    add_checkpoint,
-    add_computation,
-    add_image_size,
-    add_model,
-    add_plots,
-    add_steps_and_seed,
-)
+from utils.options import check_run, parse_run
 from utils.photographs import find_dataset
-from utils.plots import plot_run, require_matplotlib
+from utils.plots import plot_run
 from utils.report import (
     HELD_OUT,
     MODES,
@@ -58,13 +50,14 @@ from utils.report import (
     publish,
     report,
     report_saved,
+    run_name,
 )
 from utils.run.distributed import by_first, first_process_first, process_group
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
-from utils.run.options import Parser, natural, pick_device, positive
+from utils.run.options import pick_device
 from utils.run.precision import float32_products
-from utils.run.record import RUNS, Record, check_place, open_record
+from utils.run.record import RUNS, Record, open_record
 from utils.run.seeds import make_deterministic
 
 DEMO_DATA = Path(__file__).resolve().parent / "data" / "demo"
@@ -75,13 +68,14 @@ def quantize_and_evaluate(
     options: argparse.Namespace, device: torch.device, dataset: Path | None, record: Record
 ) -> dict:
     """The method, with options that are checked; returns what results.json holds."""
-    settings, losses = generation_settings(options, device), []
+    settings, losses, tag = generation_settings(options, device), [], model_tag(options.model)
     with record.stage("build", in_turn=True):
         model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
-        data = open_data(options, dataset, model)
+        trained = options.mode == 2 or (options.plots and dataset and (dataset / "train").is_dir())
+        data = open_splits(options, dataset, model, trained)
     with record.stage("quantize", in_turn=True):
         quantized = swap_layers(options, model)
-    print(headline(options, model_tag(options.model), device), *model_notes(quantized), sep="\n", flush=True)
+    print(headline(options, tag, device), *model_notes(quantized), sep="\n", flush=True)
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
@@ -94,7 +88,7 @@ def quantize_and_evaluate(
             measured = measure({"float": model, "quantized": quantized}, data, options)
         else:
             measured = (compare if model.num_classes else compare_embeddings)(model, quantized, images["held_out"])
-    results = collect(options, model_tag(options.model), settings.precision, quantized, images["images"], measured)
+    results = collect(options, tag, settings.precision, quantized, images["images"], measured)
     results |= {"img_size": list(model.patch_embed.img_size), "notes": model_notes(quantized)}
     results |= record.provenance(device, vars(options))
     publish(record, results, report(results))
@@ -112,7 +106,7 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
             dataset = write_demo_data(DEMO_DATA)
         if not dataset and not options.export_onnx:
             raise InputError("--load evaluates a model: expected --dataset; got none")
-        data = open_data(options, dataset, model)
+        data = open_splits(options, dataset, model, train=False)
     export(options, {"": model}, header["model"])
     if not dataset:
         return header
@@ -167,25 +161,15 @@ def calibration_images(
     return images
 
 
-def open_data(options: argparse.Namespace, dataset: Path | None, model: nn.Module) -> dict[str, Images]:
-    """The splits of the data set that the run needs: val, and train for real images; none without a data set."""
+def open_splits(options: argparse.Namespace, dataset: Path | None, model: nn.Module, train: bool) -> dict[str, Images]:
+    """The splits of the data set, none without one; refuses places that have no space for what will be written."""
     check_writable(options.output_dir or RUNS, 8 * options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size))
     if not dataset:
         return {}
-    transform = evaluation_transform(model)
-    if model.num_classes:
-        classes, class_map, limit = model.num_classes, options.class_map, options.limit
-        data = {"val": validation_images(dataset, transform, classes, class_map, limit, options.seed)}
-    else:
-        data = {"val": Images(dataset, "val", transform, options.limit, options.seed)}
+    about = options.class_map, options.limit, options.seed
+    data = open_data(dataset, evaluation_transform(model), model.num_classes, train, *about)
     if options.cache:
         check_cache(data["val"], options.cache)
-    trained = not options.load and (options.mode == 2 or (options.plots and (dataset / "train").is_dir()))
-    if trained or not model.num_classes:
-        check_dataset(dataset, ["train"])
-        data["train"] = Images(dataset, "train", transform)
-    if not model.num_classes:
-        check_same_classes(data["train"], data["val"])
     return data
 
 
@@ -225,93 +209,17 @@ def export(options: argparse.Namespace, models: dict[str, nn.Module], name: str)
             print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
-def check_options(options: argparse.Namespace) -> tuple[torch.device, Path | None]:
-    """Refuse what cannot work before any work is done; returns the device and the data set's root."""
-    dataset, loads = options.dataset, options.load is not None
-    if loads:
-        for option in ("save", "checkpoint", "img_size", "images", "skip_layers", "symmetric", "plots", "resume"):
-            if getattr(options, option):
-                raise InputError(f"--load takes a model as it was saved; got --{option.replace('_', '-')} with it")
-    else:
-        model_tag(options.model)
-    device = pick_device(options.device)
-    if options.plots:
-        require_matplotlib()
-    if options.export_onnx:
-        require_onnx()
-    elif options.onnx_int4:
-        raise InputError("--onnx-int4: goes with --export-onnx; got none")
-    if options.images and options.mode != 0:
-        raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
-    if options.class_map and not dataset:
-        raise InputError("--class-map: goes with --dataset; got none")
-    if options.dataset_archive and not dataset:
-        raise InputError("--dataset-archive: goes with --dataset; got none")
-    for option in ("images", "checkpoint", "class_map"):
-        if (file := getattr(options, option)) and not file.is_file():
-            raise InputError(f"--{option.replace('_', '-')} {file}: no such file")
-    check_place(options.output_dir)
-    for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
-        if folder:
-            check_writable(folder)
-    if not dataset and not loads and options.model in DEMO_MODELS:
+def find_data(options: argparse.Namespace) -> Path | None:
+    """The root of the data set, looked at; None without one. A demo model has its own, a saved one perhaps another."""
+    dataset, mode = options.dataset, 0 if options.load else options.mode
+    if not dataset and not options.load and options.model in DEMO_MODELS:
         dataset = write_demo_data(DEMO_DATA)
     if dataset:
         dataset = find_dataset(dataset, options.dataset_archive)
-        check_dataset(dataset, ["val", "train"] if options.mode == 2 and not loads else ["val"])
-    elif options.mode == 2 and not loads:
+        check_dataset(dataset, ["val", "train"] if mode == 2 else ["val"])
+    elif mode == 2:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
-    return device, dataset
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    usage = "%(prog)s [--model NAME] [--dataset DIR] [--w_bit BITS] [--a_bit BITS] [--mode MODE] [further options]"
-    what = "Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy."
-    parser = Parser(usage=usage, description=what)
-    group = parser.add_argument_group("what the paper has")
-    add_model(group)
-    add = group.add_argument
-    root = (
-        "ImageNet root with train/ and val/ class folders; or cifar10 or imagenette, brought to data/ (demo: its own)"
-    )
-    add("--dataset", type=Path, metavar="DIR", help=root)
-    add_bits(group)
-    add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
-    add = parser.add_argument_group("how it is quantized").add_argument
-    add("--recipe", choices=RECIPES, default="paper", help="how to quantize; best keeps more of the accuracy (paper)")
-    add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
-    skip = "quantizers left in float, as 'blocks.0.*' (none)"
-    add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
-    group = parser.add_argument_group("calibration images")
-    add = group.add_argument
-    add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
-    add_steps_and_seed(group)
-    add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
-    group = parser.add_argument_group("model files")
-    add_checkpoint(group)
-    add_image_size(group)
-    add = group.add_argument
-    add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
-    add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
-    add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
-    add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
-    archive = "take --dataset cifar10 or imagenette from this archive or folder, not from the network"
-    add("--dataset-archive", type=Path, metavar="FILE", help=archive)
-    spread = "evaluate on N validation images, drawn with the seed and spread over the classes (all)"
-    add("--limit", type=positive, metavar="N", help=spread)
-    add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
-    add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
-    add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
-    add("--num-workers", type=natural, default=16, metavar="N", help="processes that decode, at most one a core (16)")
-    add("--print-freq", type=positive, default=100, metavar="N", help="batches between running accuracies (100)")
-    add_computation(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
-    add_plots(group)
-    return parser.parse_args(arguments)
+    return dataset
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -319,11 +227,13 @@ def run(options: argparse.Namespace) -> dict:
     if options.deterministic:
         make_deterministic()
     with first_process_first():
-        device, dataset = check_options(options)
-    recipe = f"_{options.recipe}" * (options.recipe != "paper") + "_symmetric" * options.symmetric
-    what = f"{short_name(options.model)}_w{options.w_bit}a{options.a_bit}{recipe}"
-    name = f"{what}_mode{options.mode}_seed{options.seed}"
-    method, name, resume = quantize_and_evaluate, name, options.resume
+        check_run(options)
+        if not options.load:
+            model_tag(options.model)
+        if options.export_onnx:
+            require_onnx()
+        device, dataset = pick_device(options.device), find_data(options)
+    method, name, resume = quantize_and_evaluate, run_name(options, short_name(options.model)), options.resume
     if options.load:
         method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept
     with open_record(options.output_dir, name, resume) as record:
@@ -335,7 +245,7 @@ def run(options: argparse.Namespace) -> dict:
 def main() -> None:
     with process_group():
         with first_process_first():
-            options = parse()
+            options = parse_run()
         run(options)
 
 

@@ -1,16 +1,15 @@
 """Quantization of timm's vision transformers: swap layers, calibrate, freeze."""
 
 from quant.convert import (
-    UnsupportedModelError,
     activation_ranges,
     calibrate,
     check_calibrated,
-    check_supported,
     fuse_activations,
     is_calibrated,
     quantize_model,
     quantizer_bits,
 )
+from quant.families import UnsupportedModelError, check_supported
 from quant.recipes import RECIPES
 
 __all__ = [

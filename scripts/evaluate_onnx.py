@@ -32,9 +32,10 @@ from models import DEMO_MODELS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
-from utils.data import UNREADABLE, check_dataset, image_loader, validation_images
+from utils.data import UNREADABLE, check_dataset, validation_images
 from utils.evaluate import count_correct
 from utils.fractals import write_demo_data
+from utils.loader import image_loader
 from utils.photographs import find_dataset
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable, write_json

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Subset
 
 import test_quant
 from models import build_model, evaluation_transform
-from test_quant import parse, run
+from test_quant import run
 from utils import photographs
 from utils.data import Images
 from utils.evaluate import evaluate
+from utils.options import parse_run
 from utils.run.errors import InputError
 from utils.run.files import locked
 from utils.run.options import available_cores
@@ -31,7 +32,7 @@ QUICK = ["--steps", "2", "--calib-batchsize", "4", "--num-workers", "0", "--devi
 
 
 def quick(*arguments, model="demo_vit"):
-    return run(parse(["--model", model, *QUICK, *map(str, arguments)]))
+    return run(parse_run(["--model", model, *QUICK, *map(str, arguments)]))
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, line, message):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
     with pytest.raises(InputError, match=message):
-        run(parse(line.split()))
+        run(parse_run(line.split()))
 
 
 def test_a_data_set_of_other_classes_is_refused_before_generation(tmp_path, image_root, monkeypatch):

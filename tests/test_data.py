@@ -1,6 +1,5 @@
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +8,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_tensor
 
-from utils import data
 from utils.data import (
     CLASS_MAP,
     UNREADABLE,
     Images,
     check_dataset,
     draw_images,
-    image_loader,
     read_class_map,
     read_image,
     spread,
@@ -240,26 +237,6 @@ def test_class_maps_that_are_no_text_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "map"):
         with pytest.raises(InputError, match="not a readable text file"):
             read_class_map(path, 10)
-
-
-@pytest.mark.parametrize("shared_memory", ["large", "small"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader_gives_the_images_in_order(image_root, monkeypatch, workers, shared_memory):
-    monkeypatch.setattr(data, "_shared_memory_holds", lambda size: shared_memory == "large")
-    images = Images(image_root, "val", transform, limit=7)
-    loaded = list(image_loader(images, 3, workers))
-    for position, expected in enumerate(zip(*images, strict=True)):
-        actual = torch.cat([torch.as_tensor(batch[position]) for batch in loaded])
-        assert torch.equal(actual, torch.stack([torch.as_tensor(item) for item in expected]))
-    assert isinstance(loaded[0][0], np.ndarray) == (workers > 0 and shared_memory == "small")
-
-
-def test_shared_memory_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "SHARED_MEMORY", tmp_path)
-    free = shutil.disk_usage(tmp_path).free
-    assert data._shared_memory_holds(free // 2) and not data._shared_memory_holds(free * 2)
-    monkeypatch.setattr(data, "SHARED_MEMORY", Path("/absent"))
-    assert data._shared_memory_holds(2**62)  # not Linux
 
 
 def test_drawn_images_follow_the_seed_and_are_different(image_root):

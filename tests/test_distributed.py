@@ -20,7 +20,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 import test_quant
 from generate_data import GenerationSettings, generate_data
-from utils.data import UNREADABLE, Shard, image_loader
+from utils.data import UNREADABLE
+from utils.loader import Shard, image_loader
 from utils.run.distributed import is_first, process_group, world_size
 from utils.run.errors import exit_cleanly
 from utils.evaluate import evaluate

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from quant import calibrate, quantize_model
 from quant.modules import QuantAct
-from utils.data import UNREADABLE, image_loader
+from utils.data import UNREADABLE
 from utils.evaluate import compare, count_correct, evaluate
+from utils.loader import image_loader
 from utils.run.errors import InputError
 
 

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 import test_quant
 from models.saved import read_onnx_header
-from test_quant import parse, run
+from test_quant import run
+from utils.options import parse_run
 from utils.run.errors import InputError
 
 onnx = pytest.importorskip("onnx")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory, image_root):
     folder = tmp_path_factory.mktemp("deployed")
     options = ["--model", "demo_vit", "--mode", "1", "--calib-batchsize", "4", "--num-workers", "0", "--device", "cpu"]
     options += ["--dataset", image_root, "--output-dir", folder / "run", "--limit", "4"]
-    run(parse([*map(str, options), "--save", f"{folder}/m.safetensors", "--export-onnx", f"{folder}/m.onnx"]))
+    run(parse_run([*map(str, options), "--save", f"{folder}/m.safetensors", "--export-onnx", f"{folder}/m.onnx"]))
     return folder
 
 
@@ -88,12 +89,12 @@ def test_export_without_its_packages_is_refused_before_any_work(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
     with pytest.raises(InputError, match=r"onnxscript is not installed: pip install -r requirements-export\.txt"):
-        run(parse(["--model", "demo_vit", "--export-onnx", str(tmp_path / "m.onnx")]))
+        run(parse_run(["--model", "demo_vit", "--export-onnx", str(tmp_path / "m.onnx")]))
 
 
 def test_a_loaded_model_is_exported_to_the_same_graph(folder, monkeypatch):
     monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
-    run(parse(["--load", f"{folder}/m.safetensors", "--export-onnx", f"{folder}/again.onnx", "--device", "cpu"]))
+    run(parse_run(["--load", f"{folder}/m.safetensors", "--export-onnx", f"{folder}/again.onnx", "--device", "cpu"]))
     first, again = (onnx.load(folder / name) for name in ("m.onnx", "again.onnx"))
     assert [tensor.raw_data for tensor in first.graph.initializer] == [
         tensor.raw_data for tensor in again.graph.initializer

@@ -27,7 +27,7 @@ from utils.run import files
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable, locked, new_run_folder, replacing, write_json
 
-ROOT = Path(files.__file__).resolve().parent.parent
+ROOT = Path(files.__file__).resolve().parents[2]
 ZERO, ONE = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
 fork = multiprocessing.get_context("fork")
 

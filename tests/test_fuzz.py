@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import save
 
 import generate_data
-import test_quant
 from models.checkpoints import read_checkpoint
 from scripts.rows import COLUMNS, read_rows
 from utils.data import UNREADABLE, Images, read_class_map
 from utils.images import load_images
+from utils.options import parse_run
 from utils.run.errors import InputError
 
 EXAMPLES = 1000  # a reader
@@ -100,14 +100,14 @@ def file_reader(suffix, read):
 
 
 def parse_test_quant(arguments, folder):
-    test_quant.parse(arguments)
+    parse_run(arguments)
 
 
 def parse_generate_data(arguments, folder):
     """Up to where the model would be built, which another test does with every name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate_data.py", *arguments])
-        patch.setattr(generate_data, "check_writable", refuse)
+        patch.setattr(generate_data, "check_generation", refuse)
         patch.setattr(generate_data, "model_tag", lambda name: name)
         generate_data.main()
 

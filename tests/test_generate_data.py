@@ -16,8 +16,11 @@ import generate_data as generation
 from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
 from models import normalization
 from quant import calibrate, quantize_model
+from utils import losses as generation_losses
 from utils.attention import attention_outputs
-from utils.entropy import patch_similarity_entropy, total_variation
+from utils.entropy import patch_similarity_entropy
+from utils.losses import total_variation
+from utils.options import parse_generation
 from utils.run.errors import InputError, exit_cleanly
 
 ROOT = Path(generation.__file__).parent
@@ -132,7 +135,7 @@ def test_weights_that_are_not_finite_stop_with_the_term_and_the_layer(vit, tmp_p
 @pytest.mark.parametrize("at", [7, 10, 14])
 def test_a_step_that_is_not_finite_leaves_the_last_good_state(vit, tmp_path, monkeypatch, at, where):
     expected = generate_data(vit, 2, settings=GenerationSettings(steps=10), progress=False)
-    variation, left = generation.total_variation, [at]
+    variation, left = generation_losses.total_variation, [at]
 
     def once(images):
         left[0] -= 1
@@ -142,7 +145,7 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_state(vit, tmp_path, mon
         value.register_hook(lambda gradient: gradient * math.nan)
         return value
 
-    monkeypatch.setattr(generation, "total_variation", once)
+    monkeypatch.setattr(generation_losses, "total_variation", once)
     what = {"loss": "L_TV became inf", "gradient": "the gradient became nan"}[where]
     message = f"{what} at step {at}; .*; all layers were finite before"
     with pytest.raises(FloatingPointError, match=f"{message}.*the state of step {at - 1 - (at - 1) % 10} is in"):
@@ -235,7 +238,7 @@ def test_tv_target_and_jitter_scale_with_size(vit, monkeypatch):
     offsets, losses = [], []
     roll = torch.Tensor.roll
     monkeypatch.setattr(torch.Tensor, "roll", lambda x, shift, dims: offsets.append(shift) or roll(x, shift, dims))
-    monkeypatch.setattr(generation, "total_variation", lambda x: 0 * x.sum())
+    monkeypatch.setattr(generation_losses, "total_variation", lambda x: 0 * x.sum())
     generate_data(vit, 2, settings=GenerationSettings(steps=60), progress=False, losses=losses)
     assert len(losses) == 120
     assert all(down == right for down, right in offsets)
@@ -260,14 +263,14 @@ def test_command_line_writes_images_and_a_picture(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("output", ["calib.npy", "calib"], ids=["array", "folder"])
 def test_images_for_other_tools(tmp_path, capsys, output):
     line = ["--model", "demo_swin", "--num-images", "2", "--steps", "1", "--device", "cpu", "--output"]
-    generation.run(generation.parse([*line, str(tmp_path / output)]))
+    generation.run(parse_generation([*line, str(tmp_path / output)]))
     assert str(tmp_path / output) in capsys.readouterr().out
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
     if output == "calib":
         labels = draw_labels(2, 50).tolist()
         assert sorted(files) == sorted(Path(f"calib/{label:05d}/{n:05d}.png") for n, label in enumerate(labels))
         with pytest.raises(InputError, match="expected a folder that is not there yet"):
-            generation.run(generation.parse([*line, str(tmp_path / output)]))
+            generation.run(parse_generation([*line, str(tmp_path / output)]))
     else:
         assert sorted(map(str, files)) == ["calib.npy", "calib.png"]
 
@@ -275,4 +278,4 @@ def test_images_for_other_tools(tmp_path, capsys, output):
 def test_an_output_of_another_kind_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "build_model", lambda *arguments: pytest.fail("builds the model"))
     with pytest.raises(InputError, match=r"--output: expected a name that ends in \.safetensors or \.npy"):
-        generation.run(generation.parse(["--model", "demo_vit", "--output", str(tmp_path / "a.png")]))
+        generation.run(parse_generation(["--model", "demo_vit", "--output", str(tmp_path / "a.png")]))

@@ -53,8 +53,11 @@ def check(model, w_bit, a_bit, skip=(), int4=False, recipe=PAPER):
     return graph
 
 
-@pytest.mark.parametrize("recipe", [PAPER, INPUTS], ids=lambda recipe: recipe.name)
-@pytest.mark.parametrize(("w_bit", "a_bit"), [(8, 8), (4, 8), (8, 6), (4, 4)], ids=lambda bits: str(bits))
+@pytest.mark.parametrize(
+    ("w_bit", "a_bit", "recipe"),
+    [(8, 8, PAPER), (4, 4, PAPER), (4, 8, INPUTS), (8, 6, INPUTS)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit, recipe):
     check(model, w_bit, a_bit, recipe=recipe)
 
@@ -65,8 +68,9 @@ def test_float_model_is_exported_as_it_is(model):
     torch.testing.assert_close(run(graph, IMAGES[:3]), model(IMAGES[:3]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [PAPER, BEST], ids=lambda recipe: recipe.name)
-@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize(
+    ("bits", "recipe"), [(8, PAPER), (5, BEST)], ids=lambda value: getattr(value, "name", str(value))
+)
 def test_symmetric_activations_are_int8_without_zero_points(model, bits, recipe):
     graph = check(model, bits, bits, recipe=replace(recipe, symmetric=True)).graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -1,20 +1,20 @@
 import pytest
 import torch
 
-from test_quant import parse
+from utils.options import parse_run
 from utils.run.errors import InputError
 from utils.run.options import pick_device
 
 
 def test_defaults():
-    options = parse([])
+    options = parse_run([])
     assert (options.model, options.w_bit, options.a_bit, options.mode, options.seed) == ("deit_tiny", 8, 8, 0, 0)
     assert (options.calib_batchsize, options.val_batchsize, options.print_freq) == (32, 200, 100)
 
 
 @pytest.mark.parametrize("spelling", ["--w_bit 4 --a_bit 6", "--w-bit 4 --a-bit 6", "--w_bit=4 --a-bit=6"])
 def test_both_spellings_of_bit_widths(spelling):
-    options = parse(spelling.split())
+    options = parse_run(spelling.split())
     assert (options.w_bit, options.a_bit) == (4, 6)
 
 
@@ -35,7 +35,7 @@ def test_both_spellings_of_bit_widths(spelling):
 )
 def test_bad_options_are_told_in_one_line(line, message):
     with pytest.raises(InputError, match=message) as raised:
-        parse(line.split())
+        parse_run(line.split())
     assert "\n" not in str(raised.value)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import generate_data as generation
 import test_quant
 from generate_data import GenerationSettings, generate_data
+from utils.options import parse_generation, parse_run
 from utils.run import optimisation
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import locked
@@ -196,7 +197,7 @@ def test_the_state_of_another_run_is_refused(vit, tmp_path, interrupt, change, n
 
 def images_command(output, *arguments):
     line = ["--model", "demo_vit", "--num-images", "2", "--steps", "6", "--device", "cpu", "--output", str(output)]
-    return generation.parse([*line, *arguments])
+    return parse_generation([*line, *arguments])
 
 
 def code(run, options):
@@ -248,7 +249,7 @@ def test_two_runs_with_one_output_are_refused(tmp_path, capsys):
 
 def quantize_command(image_root, output_dir, *arguments):
     line = ["--model", "demo_vit", "--steps", "6", "--calib-batchsize", "2", "--num-workers", "0", "--device", "cpu"]
-    return test_quant.parse([*line, "--dataset", str(image_root), "--output-dir", str(output_dir), *arguments])
+    return parse_run([*line, "--dataset", str(image_root), "--output-dir", str(output_dir), *arguments])
 
 
 FILES = ("images.safetensors", "images.png", "ranges.json")
@@ -286,11 +287,11 @@ def test_held_out_images_go_on_too(tmp_path, interrupt, monkeypatch):
     monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
     monkeypatch.setattr(test_quant, "HELD_OUT", 2)
     line = ["--model", "demo_vit", "--steps", "3", "--calib-batchsize", "2", "--device", "cpu", "--output-dir"]
-    expected = test_quant.run(test_quant.parse([*line, str(tmp_path / "whole")]))
+    expected = test_quant.run(parse_run([*line, str(tmp_path / "whole")]))
     interrupt(8)
-    assert code(test_quant.run, test_quant.parse([*line, str(tmp_path / "a")])) == 130
+    assert code(test_quant.run, parse_run([*line, str(tmp_path / "a")])) == 130
     left = interrupt(100)
-    results = test_quant.run(test_quant.parse([*line, str(tmp_path / "a"), "--resume"]))
+    results = test_quant.run(parse_run([*line, str(tmp_path / "a"), "--resume"]))
     assert 100 - left[0] == 4 and results["logit_error"] == expected["logit_error"]
     tensors, whole = (load_file(tmp_path / name / "images.safetensors") for name in ("a", "whole"))
     assert all(torch.equal(tensors[name], whole[name]) for name in ("images", "held_out"))

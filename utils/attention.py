@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from quant.convert import ATTENTION
+from quant.families import ATTENTION
 from utils.entropy import patch_similarity_entropy
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
-from utils.data import Images, Shard, image_loader
+from utils.data import Images
+from utils.loader import Shard, image_loader
 from utils.run.distributed import first_process_first
 from utils.run.errors import InputError
 from utils.run.files import MEGABYTE, check_writable, replacing

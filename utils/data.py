@@ -1,10 +1,6 @@
-"""Image folders in ImageNet's layout, root/{train,val}/<class>/<image>, and the processes that decode them."""
+"""Image folders in ImageNet's layout, root/{train,val}/<class>/<image>, and the classes that they stand for."""
 
-import ctypes
 import re
-import shutil
-import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +10,14 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from utils.run.distributed import rank, world_size
 from utils.run.errors import InputError
 from utils.run.seeds import stream
 
 CLASS_MAP = "class-map.txt"  # in the root of a data set whose folders are some of the classes of a classifier
 UNREADABLE = -1  # the label of an image that cannot be decoded
-SHARED_MEMORY = Path("/dev/shm")  # through which worker processes pass their tensors, on Linux
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
 
 class Images(Dataset):
@@ -126,6 +119,32 @@ def validation_images(
     return images
 
 
+def open_data(
+    root: Path,
+    transform: Callable[[Image.Image], Tensor],
+    num_classes: int,
+    train: bool = False,
+    class_map: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Images]:
+    """The splits of a data set that a run needs, by name: val, and train where it is asked for.
+
+    Of a model without classifier, num_classes 0, the labels are the folders'; train is then where it has neighbours.
+    The other arguments are those of `validation_images`.
+    """
+    if num_classes:
+        data = {"val": validation_images(root, transform, num_classes, class_map, limit, seed)}
+    else:
+        data = {"val": Images(root, "val", transform, limit, seed)}
+    if train or not num_classes:
+        check_dataset(root, ["train"])
+        data["train"] = Images(root, "train", transform)
+    if not num_classes:
+        check_same_classes(data["train"], data["val"])
+    return data
+
+
 def spread(labels: Sequence[int], count: int, seed: int) -> list[int]:
     """Draw `count` positions of `labels`, as many of each label as of any other or one more; in ascending order."""
     drawn, ranks = Counter(), []
@@ -177,48 +196,6 @@ def read_class_map(path: Path, num_classes: int) -> dict[str, tuple[int, int]]:
             raise InputError(f"{problem}: class {label} again, after line {line_of[label]}")
         lines[name], line_of[label] = (number, label), number
     return lines
-
-
-def image_loader(images: Dataset, batch_size: int, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches of `images` in order, decoded by `workers` processes, of which none outlives this one.
-
-    Where the shared memory is too small for the batches, as in many containers, they come through pipes as arrays.
-
-    Args:
-        images: tuples whose first item is a tensor or an array.
-    """
-    options = {}
-    if workers and len(images):
-        options["worker_init_fn"] = _end_with_parent
-        first = np.asarray(images[0][0])
-        if not _shared_memory_holds(first.nbytes * min(batch_size, len(images)) * (2 * workers + 1)):  # 2 wait a worker
-            options["collate_fn"] = _as_arrays
-    return DataLoader(images, batch_size, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-def _shared_memory_holds(size: int) -> bool:
-    return not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free > size
-
-
-def _as_arrays(items: Sequence[tuple]) -> list[np.ndarray]:
-    """A batch as arrays, which are sent as bytes, where tensors would be put into shared memory."""
-    return [np.stack(column) for column in zip(*items, strict=True)]
-
-
-def _end_with_parent(worker: int) -> None:
-    """In a worker process: leave Ctrl-C to the main process, and end when that does, also by kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-class Shard(Subset):
-    """Of `images` those that fall to this process: every world_size-th, from its rank on. Their indices stay."""
-
-    def __init__(self, images: Images) -> None:
-        super().__init__(images, range(rank(), len(images), world_size()))
-        self.files = images.files
 
 
 def check_dataset(root: Path, splits: list[str]) -> None:

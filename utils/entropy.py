@@ -1,4 +1,4 @@
-"""The losses of image generation: patch-similarity entropy and total variation. Pure tensor maths.
+"""Patch-similarity entropy, the loss that the method is named for. Pure tensor maths.
 
 B images, W windows an image (1 in a ViT), h heads, N tokens and token 0, d head width, M pairs an image, K points of
 the density.
@@ -178,48 +178,3 @@ def _opaque_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 _opaque_product.register_fake(lambda a, b: a.new_empty(*a.shape[:-1], b.shape[-1]))
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Sum of the L2 norms, each over the whole batch, of the differences between neighbouring pixels.
-
-    Neighbours are taken along rows, columns and both diagonals. Grows with sqrt(B * H * W).
-
-    Args:
-        images: (B, C, H, W).
-    """
-    if torch.compiler.is_compiling():  # which fuses what autograd would do one by one
-        return sum(torch.linalg.vector_norm(a - b) for a, b in _neighbours(images))
-    return TotalVariation.apply(images)
-
-
-class TotalVariation(torch.autograd.Function):
-    """The gradient is computed with the value, in one tensor, where autograd would pad and add eight."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        gradient, norms = torch.zeros_like(images), []
-        for (a, b), (to_a, to_b) in zip(_neighbours(images), _neighbours(gradient), strict=True):
-            difference = a - b
-            norm = torch.linalg.vector_norm(difference)
-            slope = torch.where(norm > 0, 1 / norm, 0)  # where all pixels are equal it is taken as 0
-            to_a.addcmul_(difference, slope)
-            to_b.addcmul_(difference, slope, value=-1)
-            norms.append(norm)
-        ctx.save_for_backward(gradient)
-        return sum(norms)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gradient,) = ctx.saved_tensors
-        return grad * gradient
-
-
-def _neighbours(images: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Views of all pixels that have a neighbour, and of these neighbours, in the four directions."""
-    return (
-        (images[..., :, 1:], images[..., :, :-1]),
-        (images[..., 1:, :], images[..., :-1, :]),
-        (images[..., 1:, 1:], images[..., :-1, :-1]),
-        (images[..., 1:, :-1], images[..., :-1, 1:]),
-    )

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Subset
 
 from quant import check_calibrated, fuse_activations
 from quant.quantizers import fake_quantize_
-from utils.data import UNREADABLE, image_loader
+from utils.data import UNREADABLE
+from utils.loader import image_loader
 from utils.run.compilation import compiled
 from utils.run.distributed import gather
 from utils.run.errors import InputError
@@ -32,7 +33,7 @@ def evaluate(
 
     Args:
         models: by name, all on one device; a swapped model must be calibrated.
-        images: batches of (images, labels, indices), as utils.data.image_loader has them of utils.data.Images.
+        images: batches of (images, labels, indices), as utils.loader.image_loader has them of utils.data.Images.
         report_every: batches between updates of the running accuracy.
 
     Returns:

@@ -14,22 +14,44 @@ from utils.run.errors import InputError
 from utils.run.files import new_folder, replacing
 from utils.run.seeds import stream
 
+FORMATS = (".safetensors", ".npy", "")  # of files of images; a name without suffix is a folder
 TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
 
+def check_format(path: Path) -> None:
+    """Refuse a path that `save_images` cannot write to."""
+    if path.suffix not in FORMATS:
+        expected = "a name that ends in .safetensors or .npy, or a folder's name without suffix"
+        raise InputError(f"--output: expected {expected}; got {path}")
+    if not path.suffix and path.exists():
+        raise InputError(f"--output {path}: expected a folder that is not there yet; it is")
+
+
 def save_images(
-    path: Path, mean: Tensor, std: Tensor, images: Tensor, names: list[str] | None = None, **more: Tensor
-) -> Path:
-    """Write normalised images (B, 3, H, W) to a file, and a grid of them beside it.
+    path: Path,
+    mean: Tensor,
+    std: Tensor,
+    images: Tensor,
+    names: list[str] | None = None,
+    padded: tuple[int, int] | None = None,
+    **more: Tensor,
+) -> str:
+    """Write normalised images (B, 3, H, W) to a file, and a grid of them beside it; or to a folder.
 
     Args:
-        path: a .safetensors file; or a .npy file, which has `images` alone, as float32.
+        path: a .safetensors file; a .npy file, which has `images` alone, as float32; or a folder for PNG files, which
+            must not be there yet.
         names: of the classes, to stand under the pictures in place of their numbers.
-        more: further tensors for the file; `labels` (B,) stand under the pictures.
+        padded: the size (H, W) of PNG files, see `save_folder`; that of the images for None.
+        more: further tensors for the .safetensors file; `labels` (B,) stand under the pictures, and name folders.
 
     Returns:
-        Path of the picture: the file's name with .png.
+        What was written, in words.
     """
+    if not path.suffix:
+        labels = more.get("labels", torch.zeros(len(images), dtype=torch.int64))
+        save_folder(path, mean, std, images, labels, padded or images.shape[2:])
+        return str(path)
     with replacing(path) as draft:
         if path.suffix == ".npy":
             np.save(draft, images.float().numpy())
@@ -41,7 +63,7 @@ def save_images(
         labels = more["labels"].tolist() if "labels" in more else None
         captions = labels and [names[label] if names else f"class {label}" for label in labels]
         draw_grid(images * std + mean, captions).save(draft)
-    return picture
+    return f"{path}, and to look at: {picture}"
 
 
 def save_folder(path: Path, mean: Tensor, std: Tensor, images: Tensor, labels: Tensor, padded: tuple[int, int]) -> None:

@@ -37,7 +37,7 @@ def neighbour_accuracy(models: dict[str, nn.Module], train: DataLoader, val: Dat
 
     Args:
         models: by name, all on one device; a swapped model must be calibrated.
-        train, val: batches as utils.data.image_loader has them, of labels that mean the same in both.
+        train, val: batches as utils.loader.image_loader has them, of labels that mean the same in both.
 
     Returns:
         n: images of `val` that counted; unreadable: files of both that were not; for each model name_knn in percent;

@@ -1,11 +1,122 @@
-"""Command-line options that more than one command has, each given to a group of a parser."""
+"""The command lines: of test_quant.py and generate_data.py, by groups, and options that other commands have, too."""
 
 import argparse
 from pathlib import Path
 
 from quant.quantizers import BIT_WIDTHS
-from utils.run.options import DEVICE_HELP, natural, positive
+from quant.recipes import RECIPES
+from utils.images import check_format
+from utils.plots import require_matplotlib
+from utils.report import MODES
+from utils.run.errors import InputError
+from utils.run.files import check_writable
+from utils.run.options import DEVICE_HELP, Parser, natural, positive
 from utils.run.precision import PRECISIONS
+from utils.run.record import check_place
+
+
+def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of test_quant.py."""
+    usage = "%(prog)s [--model NAME] [--dataset DIR] [--w_bit BITS] [--a_bit BITS] [--mode MODE] [further options]"
+    what = "Quantize a vision transformer without data (PSAQ-ViT) and measure its accuracy."
+    parser = Parser(usage=usage, description=what)
+    group = parser.add_argument_group("what the paper has")
+    add_model(group)
+    add = group.add_argument
+    root = (
+        "ImageNet root with train/ and val/ class folders; or cifar10 or imagenette, brought to data/ (demo: its own)"
+    )
+    add("--dataset", type=Path, metavar="DIR", help=root)
+    add_bits(group)
+    add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
+    add = parser.add_argument_group("how it is quantized").add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="how to quantize; best keeps more of the accuracy (paper)")
+    add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
+    skip = "quantizers left in float, as 'blocks.0.*' (none)"
+    add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
+    group = parser.add_argument_group("calibration images")
+    add = group.add_argument
+    add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
+    add_steps_and_seed(group)
+    add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
+    group = parser.add_argument_group("model files")
+    add_checkpoint(group)
+    add_image_size(group)
+    add = group.add_argument
+    add("--save", type=Path, metavar="FILE", help="write the quantized model, as integers, to a .safetensors file")
+    add("--load", type=Path, metavar="FILE", help="evaluate, or export, what --save wrote: no weights, no calibration")
+    add("--export-onnx", type=Path, metavar="FILE", help="write the quantized model to FILE.onnx, and FILE.float.onnx")
+    add("--onnx-int4", action="store_true", help="4-bit weights as INT4 in the ONNX file: smaller, not faster (INT8)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--class-map", type=Path, metavar="FILE", help="lines 'folder index', for a subset or other folders (by name)")
+    archive = "take --dataset cifar10 or imagenette from this archive or folder, not from the network"
+    add("--dataset-archive", type=Path, metavar="FILE", help=archive)
+    spread = "evaluate on N validation images, drawn with the seed and spread over the classes (all)"
+    add("--limit", type=positive, metavar="N", help=spread)
+    add("--skip-bad", action="store_true", help="leave unreadable validation images out instead of failing")
+    add("--cache", type=Path, metavar="DIR", help="keep decoded validation images there for further runs (do not)")
+    add("--val-batchsize", type=positive, default=200, metavar="N", help="images a batch in evaluation (200)")
+    add("--num-workers", type=natural, default=16, metavar="N", help="processes that decode, at most one a core (16)")
+    add("--print-freq", type=positive, default=100, metavar="N", help="batches between running accuracies (100)")
+    add_computation(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
+    add_plots(group)
+    return parser.parse_args(arguments)
+
+
+def check_run(options: argparse.Namespace) -> None:
+    """Refuse options of test_quant.py that do not go together, and files that are not or cannot be."""
+    given = {"--" + name.replace("_", "-"): value for name, value in vars(options).items() if value}
+    if options.load:
+        for option in ("save", "checkpoint", "img-size", "images", "skip-layers", "symmetric", "plots", "resume"):
+            if f"--{option}" in given:
+                raise InputError(f"--load takes a model as it was saved; got --{option} with it")
+    for option, needed in (("onnx-int4", "export-onnx"), ("class-map", "dataset"), ("dataset-archive", "dataset")):
+        if f"--{option}" in given and f"--{needed}" not in given:
+            raise InputError(f"--{option}: goes with --{needed}; got none")
+    if options.images and options.mode != 0:
+        raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
+    for option in ("--images", "--checkpoint", "--class-map"):
+        if option in given and not given[option].is_file():
+            raise InputError(f"{option} {given[option]}: no such file")
+    if options.plots:
+        require_matplotlib()
+    check_place(options.output_dir)
+    for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
+        if folder:
+            check_writable(folder)
+
+
+def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of generate_data.py."""
+    usage = "%(prog)s [--model NAME] [--num-images N] [--output FILE] [further options]"
+    parser = Parser(usage=usage, description="Generate images from a vision transformer, with no data.")
+    images, output = parser.add_argument_group("images"), parser.add_argument_group("output")
+    add_model(images)
+    add_checkpoint(images)
+    add_image_size(images)
+    images.add_argument("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
+    add_steps_and_seed(images)
+    output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("images.safetensors"),
+        metavar="FILE",
+        help="file for the images, .safetensors or .npy, with a picture of them beside it; a name without suffix is a "
+        "folder for PNG files, one folder a class (images.safetensors)",
+    )
+    add_plots(output)
+    add_computation(parser)
+    return parser.parse_args(arguments)
+
+
+def check_generation(options: argparse.Namespace) -> None:
+    """Refuse options of generate_data.py that cannot work."""
+    check_format(options.output)
+    if options.plots:
+        require_matplotlib()
+    check_writable(options.output.parent)
 
 
 def add_model(group: argparse._ActionsContainer) -> None:

@@ -67,6 +67,12 @@ def collect_saved(header: dict, measured: dict) -> dict:
     }
 
 
+def run_name(options: argparse.Namespace, model: str) -> str:
+    """The name of a run's folder in runs/."""
+    recipe = f"_{options.recipe}" * (options.recipe != "paper") + "_symmetric" * options.symmetric
+    return f"{model}_w{options.w_bit}a{options.a_bit}{recipe}_mode{options.mode}_seed{options.seed}"
+
+
 def headline(options: argparse.Namespace, tag: str, device: torch.device) -> str:
     """What is about to be done."""
     where = utils.run.environment.device_name(device)

@@ -65,6 +65,8 @@ class Record:
 
 def check_place(folder: Path | None) -> None:
     """Refuse a folder for results, None for runs/, that cannot be written to; none is left that was not there."""
+    if not is_first():  # it is the first process that writes, and may be at it already
+        return
     made = folder is not None and not folder.exists()
     check_writable(folder or RUNS)
     if made:
