@@ -123,15 +123,22 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
         RuntimeError: `quantized` is not calibrated.
         InputError: there is not the memory for one image.
     """
-    check_calibrated(quantized)
-    device = next(float_model.parameters()).device
-    models = [float_model.eval(), quantized.eval()]
-    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], 32, images)
-    reference, logits = map(torch.cat, zip(*parts, strict=True))
+    reference, logits = outputs_of(float_model, quantized, images)
     agreement = (reference.argmax(1) == logits.argmax(1)).float().mean() * 100
     spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
+
+
+@torch.inference_mode()
+def outputs_of(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of both models for `images` (B, 3, H, W), which are as many at a time as there is memory for."""
+    check_calibrated(quantized)
+    device = next(float_model.parameters()).device
+    models = [float_model.eval(), quantized.eval()]
+    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], CPU_BATCH, images)
+    reference, outputs = map(torch.cat, zip(*parts, strict=True))
+    return reference, outputs
 
 
 def fuse_rounding(model: nn.Module) -> None:

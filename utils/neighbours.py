@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from quant import check_calibrated
 from utils.data import UNREADABLE
-from utils.evaluate import CPU_BATCH, in_parts
+from utils.evaluate import CPU_BATCH, in_parts, outputs_of
 from utils.run.distributed import gather
 from utils.run.progress import progress_bar
 
@@ -24,11 +24,7 @@ def compare_embeddings(float_model: nn.Module, quantized: nn.Module, images: Ten
         RuntimeError: `quantized` is not calibrated.
         InputError: there is not the memory for one image.
     """
-    check_calibrated(quantized)
-    device = next(float_model.parameters()).device
-    models = [float_model.eval(), quantized.eval()]
-    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], CPU_BATCH, images)
-    cosines = F.cosine_similarity(*map(torch.cat, zip(*parts, strict=True)))
+    cosines = F.cosine_similarity(*outputs_of(float_model, quantized, images))
     return {"cosine": cosines.mean().item(), "worst_cosine": cosines.min().item()}
 
 
