@@ -75,7 +75,8 @@ class OnnxAct(QuantAct):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = self.quantize(x) if x.is_floating_point() else x  # a parameter holds integers already
-        return codes if self.integer_output else self.dequantize(codes)
+        # On x86 ONNX Runtime makes uint8 of int8 only where both operators are next to each other
+        return codes if self.integer_output and not self.symmetric else self.dequantize(codes)
 
 
 class OnnxNoAct(NoAct):
@@ -159,7 +160,7 @@ class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
         self.relative_position_bias_table, self.act_bias = nn.Parameter(bias.contiguous(), requires_grad=False), act
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().heads(self.dequantize_input(x))
+        return super().heads(self.read(x))
 
     def _get_rel_pos_bias(self) -> Tensor:
         return self.act_bias(self.relative_position_bias_table)
@@ -169,9 +170,12 @@ class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
     """Modifications: windows are cut and joined in integers, unless they are padded: with zeros, not with codes."""
 
     def prepare(self) -> None:
-        integers = not any(side % window for side, window in zip(self.input_resolution, self.window_size, strict=True))
-        self.norm1.act_output.integer_output = self.attn.proj.act_output.integer_output = integers
-        self.attn.dequantize_input = self.norm1.act_output.dequantize
+        act, joined = self.norm1.act_output, self.attn.proj.act_output
+        padded = any(side % window for side, window in zip(self.input_resolution, self.window_size, strict=True))
+        act.integer_output = joined.integer_output = not padded
+        self.attn.read = act.dequantize
+        if isinstance(act, QuantAct) and act.symmetric:  # zero is zero: it is the same to round what has been moved
+            self.norm1.act_output, self.attn.read = nn.Identity(), act
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act_residual1(x + self.attn.proj.act_output.dequantize(self._attn(self.norm1(x))))

@@ -14,8 +14,8 @@ MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
 
 def test_images_are_read_back_bit_for_bit(tmp_path):
     images, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
-    picture = save_images(tmp_path / "a.safetensors", MEAN, STD, images, labels=labels, held_out=images[:2].clone())
-    assert picture == tmp_path / "a.png" and picture.is_file()
+    told = save_images(tmp_path / "a.safetensors", MEAN, STD, images, labels=labels, held_out=images[:2].clone())
+    assert (tmp_path / "a.png").is_file() and told == f"{tmp_path}/a.safetensors, and to look at: {tmp_path}/a.png"
     tensors = load_images(tmp_path / "a.safetensors", (8, 8))
     assert torch.equal(tensors["images"], images) and torch.equal(tensors["labels"], labels)
     assert torch.equal(tensors["held_out"], images[:2])
@@ -68,11 +68,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 
 def test_an_array_is_what_other_tools_read(tmp_path):
     images, (mean, std) = torch.randn(3, 3, 8, 8), normalization()
-    picture = save_images(tmp_path / "calib.npy", mean, std, images, labels=torch.tensor([1, 2, 3]))
+    told = save_images(tmp_path / "calib.npy", mean, std, images, labels=torch.tensor([1, 2, 3]))
     array = np.load(tmp_path / "calib.npy")
     assert array.dtype == np.float32 and np.array_equal(array, images.numpy())
     assert torch.equal(load_images(tmp_path / "calib.npy", (8, 8))["images"], images)
-    assert picture == tmp_path / "calib.png" and picture.is_file()
+    assert (tmp_path / "calib.png").is_file() and told == f"{tmp_path}/calib.npy, and to look at: {tmp_path}/calib.png"
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])

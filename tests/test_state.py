@@ -44,6 +44,10 @@ def interrupt(monkeypatch):
     return arm
 
 
+def raise_interrupt(*arguments):
+    raise KeyboardInterrupt  # as Ctrl-C does, where the shell has not told the process to ignore it
+
+
 def generate(model, state=None, num_images=3, seed=0, settings=SETTINGS):
     losses: list[list[float]] = []
     images = generate_data(model, num_images, seed, settings, progress=False, losses=losses, state=state)
@@ -271,7 +275,7 @@ def test_test_quant_interrupted_in_generation(tmp_path, image_root, interrupt):
 def test_test_quant_interrupted_in_evaluation_does_not_generate_again(tmp_path, image_root, interrupt, monkeypatch):
     expected = test_quant.run(quantize_command(image_root, tmp_path / "whole"))
     measure = test_quant.measure
-    monkeypatch.setattr(test_quant, "measure", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(test_quant, "measure", raise_interrupt)
     assert code(test_quant.run, quantize_command(image_root, tmp_path / "a")) == 130
     assert [path.name for path in (tmp_path / "a.unfinished").iterdir()] == ["batch-0.safetensors"]
     monkeypatch.setattr(test_quant, "measure", measure)
