@@ -74,7 +74,12 @@ def run_name(options: argparse.Namespace, model: str) -> str:
 
 
 def headline(options: argparse.Namespace, tag: str, device: torch.device) -> str:
-    """What is about to be done."""
+    """What is about to be done. Of weights that are the user's own, timm's tag would say that they are timm's."""
+    architecture = tag.partition(".")[0]
+    if options.model.startswith(("local-dir:", "hf-hub:")):
+        tag = f"{options.model.partition(':')[2]} as timm's {architecture}"
+    elif options.checkpoint:
+        tag = f"{architecture} of {options.checkpoint}"
     where = utils.run.environment.device_name(device)
     how = [f"recipe {options.recipe}"] * (options.recipe != "paper") + ["symmetric"] * options.symmetric
     return ", ".join([f"{tag}: W{options.w_bit}/A{options.a_bit}", *how, f"{MODES[options.mode]} images", where])
