@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from generate_data import GenerationSettings, draw_labels, generate_data, generation_settings
 from models import (
-    DEMO_MODELS,
+    DATASETS,
     build_model,
     class_names,
     evaluation_transform,
@@ -34,7 +34,6 @@ from quant import RECIPES, activation_ranges, calibrate, quantize_model
 from utils.cache import check_cache, validation_loader
 from utils.data import Images, check_dataset, draw_images, open_data
 from utils.evaluate import compare, evaluate, fuse_rounding
-from utils.fractals import write_demo_data
 from utils.images import draw_noise, load_images, save_images
 from utils.neighbours import compare_embeddings, neighbour_accuracy
 from utils.options import check_run, parse_run
@@ -60,7 +59,6 @@ from utils.run.precision import float32_products
 from utils.run.record import RUNS, Record, open_record
 from utils.run.seeds import make_deterministic
 
-DEMO_DATA = Path(__file__).resolve().parent / "data" / "demo"
 HELD_OUT_SEED = 2**32  # added to the run's seed, which is smaller
 
 
@@ -102,8 +100,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
     with record.stage("build", in_turn=True):
         model, header = load_quantized(options.load)
-        if not dataset and header["model"] in DEMO_MODELS:
-            dataset = write_demo_data(DEMO_DATA)
+        if not dataset and header["model"] in DATASETS:
+            dataset = find_dataset(DATASETS[header["model"]], options.dataset_archive)
         if not dataset and not options.export_onnx:
             raise InputError("--load evaluates a model: expected --dataset; got none")
         data = open_splits(options, dataset, model, train=False)
@@ -210,15 +208,19 @@ def export(options: argparse.Namespace, models: dict[str, nn.Module], name: str)
 
 
 def find_data(options: argparse.Namespace) -> Path | None:
-    """The root of the data set, looked at; None without one. A demo model has its own, a saved one perhaps another."""
-    dataset, mode = options.dataset, 0 if options.load else options.mode
-    if not dataset and not options.load and options.model in DEMO_MODELS:
-        dataset = write_demo_data(DEMO_DATA)
+    """The root of the data set, looked at; None without one. A small model has its own, a saved one perhaps another."""
+    dataset, mode = options.dataset, options.mode
+    if options.load:
+        mode = 0
+    elif not dataset:
+        dataset = DATASETS.get(options.model)
     if dataset:
         dataset = find_dataset(dataset, options.dataset_archive)
         check_dataset(dataset, ["val", "train"] if mode == 2 else ["val"])
     elif mode == 2:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
+    elif options.dataset_archive and not options.load:
+        raise InputError("--dataset-archive: goes with --dataset; got none")
     return dataset
 
 

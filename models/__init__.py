@@ -1,7 +1,7 @@
 """Where models come from: names, weights, and the preprocessing that belongs to them."""
 
+from models.small import DATASETS
 from models.zoo import (
-    DEMO_MODELS,
     build_model,
     class_names,
     data_config,
@@ -14,7 +14,7 @@ from models.zoo import (
 )
 
 __all__ = [
-    "DEMO_MODELS",
+    "DATASETS",
     "build_model",
     "class_names",
     "data_config",

@@ -13,9 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor, nn
 
 from models.checkpoints import first_line, input_options, load_state, num_classes, read_checkpoint
-from models.demo import demo_swin, demo_vit
 from models.folders import folder_source
 from models.hub import CACHE_HELP, WEIGHTS, cached_file, unreachable
+from models.small import SMALL_MODELS
 from models.source import Source
 from quant import UnsupportedModelError, check_supported
 from utils.run.errors import InputError
@@ -29,7 +29,6 @@ PAPER_MODELS = {
     "swin_tiny": ("swin_tiny_patch4_window7_224.ms_in1k", 0.9),
     "swin_small": ("swin_small_patch4_window7_224.ms_in1k", 0.9),
 }
-DEMO_MODELS = {"demo_vit": demo_vit, "demo_swin": demo_swin}
 _FOLDER = Path(__file__).parent
 _BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, LookupError, ArithmeticError)
 
@@ -43,8 +42,7 @@ def build_model(
     and gives the pooled feature.
 
     Args:
-        name: deit_tiny, deit_small, deit_base, swin_tiny, swin_small, demo_vit, demo_swin, a timm name,
-            local-dir:FOLDER or hf-hub:OWNER/NAME.
+        name: one of PAPER_MODELS or SMALL_MODELS, a timm name, local-dir:FOLDER or hf-hub:OWNER/NAME.
         checkpoint: weights from a file (.pth or .safetensors, also the DeiT and Swin authors' own) instead of timm's
             or the folder's.
         pretrained: with no checkpoint: trained weights, or random ones for tests and benchmarks.
@@ -94,13 +92,13 @@ def build_architecture(tag: str, config: dict, **options: Any) -> nn.Module:
     """A model with random weights, in evaluation mode.
 
     Args:
-        tag: a demo model's name, or a timm name.
+        tag: a small model's name, or a timm name.
         config: what differs from timm's data configuration of the model, as in `data_config`.
         options: arguments of the constructor, such as num_classes and img_size; norm_eps is the epsilon of all norms.
     """
     arguments = {key: value for key, value in options.items() if key != "norm_eps"}
-    if tag in DEMO_MODELS:
-        model = DEMO_MODELS[tag](**arguments)
+    if tag in SMALL_MODELS:
+        model = SMALL_MODELS[tag](**arguments)
         model.pretrained_cfg = {"crop_pct": 1.0, **config}  # images of exactly the model's size, as in its training
     else:
         model = timm.create_model(tag, pretrained_cfg_overlay=config, **arguments)
@@ -116,7 +114,7 @@ def find_source(name: str) -> Source:
     """What a name stands for. Unknown names are refused."""
     if source := folder_source(name):
         return dataclasses.replace(source, tag=timm_tag(source.tag))
-    if name in DEMO_MODELS:
+    if name in SMALL_MODELS:
         return Source(name, weights=lambda: _FOLDER / f"{name}.safetensors")
     if name in PAPER_MODELS:
         tag, crop_pct = PAPER_MODELS[name]
@@ -125,7 +123,7 @@ def find_source(name: str) -> Source:
 
 
 def model_tag(name: str) -> str:
-    """The exact timm name, with its tag, of a model; a demo model's is its own name. Unknown names are refused."""
+    """The exact timm name, with its tag, of a model; a small model's is its own name. Unknown names are refused."""
     return find_source(name).tag
 
 
@@ -135,15 +133,15 @@ def short_name(name: str) -> str:
 
 
 def timm_tag(name: str) -> str:
-    """The exact name of an architecture, with its tag: of timm, or a demo model's. Unknown names are refused."""
-    if name in DEMO_MODELS:
+    """The exact name of an architecture, with its tag: of timm, or a small model's. Unknown names are refused."""
+    if name in SMALL_MODELS:
         return name
     try:
         known = timm.is_model(name) and timm.models.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):  # a tag that the model does not have, or a path
         known = None
     if not known:
-        ours = [*PAPER_MODELS, *DEMO_MODELS]
+        ours = [*PAPER_MODELS, *SMALL_MODELS]
         near = difflib.get_close_matches(name, ours, 3, 0.6) or difflib.get_close_matches(
             name, timm.list_models() + timm.list_pretrained(), 3, 0.6
         )

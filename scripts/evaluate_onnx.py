@@ -28,13 +28,12 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models import DEMO_MODELS, build_model
+from models import DATASETS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
 from utils.data import UNREADABLE, check_dataset, validation_images
 from utils.evaluate import count_correct
-from utils.fractals import write_demo_data
 from utils.loader import image_loader
 from utils.photographs import find_dataset
 from utils.run.errors import InputError, exit_cleanly
@@ -217,9 +216,7 @@ def report(results: dict) -> str:
 
 def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     """Validation images as the model wants them; None without a data set."""
-    dataset = options.dataset
-    if not dataset and header["model"] in DEMO_MODELS:
-        dataset = write_demo_data(ROOT / "data" / "demo")
+    dataset = options.dataset or DATASETS.get(header["model"])
     if not dataset:
         return None
     dataset = find_dataset(dataset)

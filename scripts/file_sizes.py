@@ -13,8 +13,9 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import torch
 from safetensors.torch import save
 
-from models import DEMO_MODELS, build_model, model_tag
+from models import build_model, model_tag
 from models.saved import save_quantized
+from models.small import SMALL_MODELS
 from models.zoo import PAPER_MODELS
 from quant import calibrate, quantize_model
 from utils.run.errors import exit_cleanly
@@ -34,7 +35,7 @@ def size_ratio(name: str, w_bit: int) -> float:
 
 def main() -> None:
     parser = Parser(description=__doc__.split(":")[0])
-    names = [*PAPER_MODELS, *DEMO_MODELS]
+    names = [*PAPER_MODELS, *SMALL_MODELS]
     parser.add_argument("--model", nargs="+", default=names, metavar="NAME", help=f"({' '.join(names)})")
     options = parser.parse_args()
     for name in options.model:

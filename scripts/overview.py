@@ -24,8 +24,8 @@ from models import build_model, evaluation_transform, normalization
 from utils.attention import attention_outputs
 from utils.data import Images
 from utils.entropy import gaussian_kernel, patch_similarity, patch_similarity_entropy, patch_tokens
-from utils.fractals import write_demo_data
 from utils.images import draw_noise, load_images
+from utils.photographs import find_dataset
 from utils.run.errors import exit_cleanly
 
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#1d4ed8"
@@ -44,7 +44,7 @@ def main() -> None:
     size = model.patch_embed.img_size
     tensors = load_images(options.run / "images.safetensors", size)
     label = int(tensors["labels"][options.image])
-    val = Images(write_demo_data(ROOT / "data" / "demo"), "val", evaluation_transform(model))
+    val = Images(find_dataset("demo"), "val", evaluation_transform(model))
     count = len(tensors["images"])
     kinds = {
         "real image": torch.stack([val[i][0] for i in torch.arange(0, len(val), len(val) // count)[:count].tolist()]),

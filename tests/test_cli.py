@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 import test_quant
 from models import build_model, evaluation_transform
+from models.small import SMALL_MODELS
 from test_quant import run
 from utils import photographs
 from utils.data import Images
@@ -38,7 +39,7 @@ def quick(*arguments, model="demo_vit"):
 @pytest.fixture(autouse=True)
 def no_demo_data(monkeypatch):
     """These tests bring their own data set; the demo's is not written for them."""
-    monkeypatch.setattr(test_quant, "write_demo_data", lambda root: pytest.fail("writes the demo data"))
+    monkeypatch.setattr(photographs, "write_demo_data", lambda root: pytest.fail("writes the demo data"))
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
@@ -81,7 +82,7 @@ def test_saved_images_replace_generation(tmp_path, image_root):
 
 @pytest.mark.parametrize("mode", [0, 1])
 def test_without_a_data_set_the_models_are_compared_on_held_out_images(tmp_path, vit, capsys, monkeypatch, mode):
-    monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
+    monkeypatch.setattr(test_quant, "DATASETS", {})  # which would bring their own data set
     monkeypatch.setattr(test_quant, "HELD_OUT", 3)
     results = quick("--output-dir", tmp_path, "--mode", mode)
     assert results["top1"] is None and results["float_top1"] is None and results["n"] == 0
@@ -102,7 +103,7 @@ def test_photographs_by_name_come_from_an_archive_and_then_from_data(tmp_path, m
         for name in photographs.PHOTOGRAPHS["cifar10"].classes:
             (tmp_path / "mine" / split / name).mkdir(parents=True)
             Image.new("RGB", (32, 32), "green").save(tmp_path / "mine" / split / name / "0.png")
-    torch.save(test_quant.DEMO_MODELS["demo_vit"](num_classes=10).state_dict(), tmp_path / "ten.pth")
+    torch.save(SMALL_MODELS["demo_vit"](num_classes=10).state_dict(), tmp_path / "ten.pth")
     arguments = ["--checkpoint", tmp_path / "ten.pth", "--mode", 1, "--dataset", "cifar10"]
     first = quick(*arguments, "--output-dir", tmp_path / "a", "--dataset-archive", tmp_path / "mine")
     again = quick(*arguments, "--output-dir", tmp_path / "b")
@@ -197,7 +198,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, line, message):
 def test_a_data_set_of_other_classes_is_refused_before_generation(tmp_path, image_root, monkeypatch):
     monkeypatch.setattr(test_quant, "generate_data", lambda *arguments: pytest.fail("generates images"))
     checkpoint = tmp_path / "seven.pth"
-    torch.save(test_quant.DEMO_MODELS["demo_vit"](num_classes=7).state_dict(), checkpoint)
+    torch.save(SMALL_MODELS["demo_vit"](num_classes=7).state_dict(), checkpoint)
     with pytest.raises(InputError, match="expected 7 class folders, as the classifier has; found 50"):
         quick("--checkpoint", checkpoint, "--dataset", image_root, "--output-dir", tmp_path)
 

@@ -93,7 +93,7 @@ def test_export_without_its_packages_is_refused_before_any_work(tmp_path, monkey
 
 
 def test_a_loaded_model_is_exported_to_the_same_graph(folder, monkeypatch):
-    monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
+    monkeypatch.setattr(test_quant, "DATASETS", {})  # which would bring their own data set
     run(parse_run(["--load", f"{folder}/m.safetensors", "--export-onnx", f"{folder}/again.onnx", "--device", "cpu"]))
     first, again = (onnx.load(folder / name) for name in ("m.onnx", "again.onnx"))
     assert [tensor.raw_data for tensor in first.graph.initializer] == [

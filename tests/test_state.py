@@ -288,7 +288,7 @@ def test_test_quant_interrupted_in_evaluation_does_not_generate_again(tmp_path, 
 
 
 def test_held_out_images_go_on_too(tmp_path, interrupt, monkeypatch):
-    monkeypatch.setattr(test_quant, "DEMO_MODELS", {})  # which would bring their own data set
+    monkeypatch.setattr(test_quant, "DATASETS", {})  # which would bring their own data set
     monkeypatch.setattr(test_quant, "HELD_OUT", 2)
     line = ["--model", "demo_vit", "--steps", "3", "--calib-batchsize", "2", "--device", "cpu", "--output-dir"]
     expected = test_quant.run(parse_run([*line, str(tmp_path / "whole")]))

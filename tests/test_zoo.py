@@ -41,11 +41,14 @@ def test_published_crop_ratio(name, resize):
     assert data_config(model)["mean"] == (0.485, 0.456, 0.406)
 
 
-@pytest.mark.parametrize("name", zoo.DEMO_MODELS)
-def test_demo_models_see_whole_images(name):
+@pytest.mark.parametrize(
+    ("name", "size", "classes"),
+    [("demo_vit", 64, 50), ("demo_swin", 64, 50), ("cifar_vit", 32, 10), ("cifar_swin", 32, 10)],
+)
+def test_small_models_see_whole_images(name, size, classes):
     model = build_model(name)
-    assert evaluation_transform(model)(Image.new("RGB", (64, 64))).shape == (3, 64, 64)
-    assert data_config(model)["crop_pct"] == 1.0 and model.num_classes == 50
+    assert evaluation_transform(model)(Image.new("RGB", (size, size))).shape == (3, size, size)
+    assert data_config(model)["crop_pct"] == 1.0 and model.num_classes == classes
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_checkpoint_in_the_swin_authors_format(tmp_path):
 
 def test_number_of_classes_comes_from_the_checkpoint(tmp_path):
     path = tmp_path / "seven.pth"
-    torch.save(zoo.DEMO_MODELS["demo_swin"](num_classes=7).state_dict(), path)
+    torch.save(zoo.SMALL_MODELS["demo_swin"](num_classes=7).state_dict(), path)
     assert build_model("demo_swin", path).num_classes == 7
     torch.save(timm.create_model("deit_tiny_patch16_224", num_classes=7).state_dict(), path)
     assert build_model("deit_tiny", path).num_classes == 7

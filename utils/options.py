@@ -24,7 +24,8 @@ def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     add_model(group)
     add = group.add_argument
     root = (
-        "ImageNet root with train/ and val/ class folders; or cifar10 or imagenette, brought to data/ (demo: its own)"
+        "ImageNet root with train/ and val/ class folders; or cifar10 or imagenette, brought to data/ (small models: "
+        "their own)"
     )
     add("--dataset", type=Path, metavar="DIR", help=root)
     add_bits(group)
@@ -72,7 +73,7 @@ def check_run(options: argparse.Namespace) -> None:
         for option in ("save", "checkpoint", "img-size", "images", "skip-layers", "symmetric", "plots", "resume"):
             if f"--{option}" in given:
                 raise InputError(f"--load takes a model as it was saved; got --{option} with it")
-    for option, needed in (("onnx-int4", "export-onnx"), ("class-map", "dataset"), ("dataset-archive", "dataset")):
+    for option, needed in (("onnx-int4", "export-onnx"), ("class-map", "dataset")):
         if f"--{option}" in given and f"--{needed}" not in given:
             raise InputError(f"--{option}: goes with --{needed}; got none")
     if options.images and options.mode != 0:
@@ -125,9 +126,9 @@ def add_model(group: argparse._ActionsContainer) -> None:
         "--model",
         default="deit_tiny",
         metavar="NAME",
-        help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, which come with the "
-        "project; any other vision transformer by its timm name; local-dir:FOLDER or hf-hub:OWNER/NAME, as timm or "
-        "transformers wrote it (deit_tiny)",
+        help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, cifar_vit, cifar_swin, "
+        "which come with the project; any other vision transformer by its timm name; local-dir:FOLDER or "
+        "hf-hub:OWNER/NAME, as timm or transformers wrote it (deit_tiny)",
     )
 
 

@@ -22,10 +22,12 @@ from torchvision.datasets import CIFAR10, Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.data import CLASS_MAP
+from utils.fractals import write_demo_data
 from utils.run.errors import InputError
 from utils.run.files import new_folder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+DEMO = "demo"  # the name of the fractals
 SPLITS = {"train": ("train",), "val": ("val", "test")}  # the project's name, and those in archives
 _ZSTD = b"\x28\xb5\x2f\xfd"  # how a zstd file begins (RFC 8878, section 3.1.1)
 _TIMEOUT = 10  # seconds for the host of a download to answer
@@ -55,14 +57,19 @@ PHOTOGRAPHS = {
 }
 
 
-def find_dataset(given: Path, archive: Path | None = None) -> Path:
+def find_dataset(given: Path | str, archive: Path | None = None) -> Path:
     """The root that --dataset names: a folder where there is one, else a data set by name, which goes into data/.
+
+    Args:
+        given: a path; or as text a name for certain, whatever folders there are: demo, cifar10, imagenette.
 
     Raises:
         InputError: as `prepare_dataset`; or an archive for what needs none.
     """
-    if str(given) in PHOTOGRAPHS and not given.is_dir():
-        return prepare_dataset(str(given), DATA, archive)
+    if isinstance(given, str) or (str(given) in (DEMO, *PHOTOGRAPHS) and not given.is_dir()):
+        if str(given) in PHOTOGRAPHS:
+            return prepare_dataset(str(given), DATA, archive)
+        given = write_demo_data(DATA / DEMO)
     if archive:
         raise InputError(
             f"--dataset-archive: goes with --dataset {' or '.join(PHOTOGRAPHS)}; got --dataset {given}"

@@ -1,4 +1,4 @@
-"""Small models that scripts/train.py trains; the weights of the demo models are beside this file."""
+"""Small models that come with the project: scripts/train.py trains them, their weights are beside this file."""
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -46,3 +46,8 @@ def cifar_swin(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> S
         num_classes=num_classes,
         drop_path_rate=0.0,
     )
+
+
+SMALL_MODELS = {"demo_vit": demo_vit, "demo_swin": demo_swin, "cifar_vit": cifar_vit, "cifar_swin": cifar_swin}
+# By name of utils.photographs.find_dataset: what each was trained on, and is evaluated on unless told otherwise
+DATASETS = {"demo_vit": "demo", "demo_swin": "demo", "cifar_vit": "cifar10", "cifar_swin": "cifar10"}
