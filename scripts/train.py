@@ -152,7 +152,7 @@ def build(name: str) -> nn.Module:
     near it (after Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
     """
     set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
-    model = small.SMALL_MODELS[name]()  # which asks for that setting when it is made
+    model = getattr(small, name)()  # which asks for that setting when it is made
     if name == "cifar_vit":
         with torch.no_grad():
             width, grid = model.embed_dim, list(model.patch_embed.grid_size)
