@@ -6,6 +6,8 @@ python scripts/tables.py [--check]
 import csv
 import statistics
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,10 +33,10 @@ PUBLISHED = {
 }
 
 
-def demo_table(rows: list[dict[str, str]]) -> str:
-    """Both demo models: top-1 by bit width and kind of calibration images."""
+def small_table(models: Sequence[str], rows: list[dict[str, str]]) -> str:
+    """Small models: top-1 by bit width and kind of calibration images."""
     lines = ["| model (float top-1) | bits | noise | real | generated |", "|---|---|---|---|---|"]
-    for model in ("demo_vit", "demo_swin"):
+    for model in models:
         for w_bit, a_bit in (("8", "8"), ("4", "8"), ("6", "6"), ("4", "4")):
             cells = [cell(rows, model, w_bit, a_bit, mode) for mode in MODES.values()]
             floats = {row["float_top1"] for row in rows if row["model"] == model and row["float_top1"]}
@@ -156,7 +158,8 @@ def main() -> None:
 
 # By the name of their rows: what makes the table, the page that has it, and what reads the rows
 TABLES = {
-    "demo": (demo_table, "README.md", read_rows),
+    "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
+    "cifar": (partial(small_table, ("cifar_swin",)), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
     "paper": (paper_table, "docs/results.md", read_rows),
     "recipes": (recipes_table, "docs/recipes.md", read_ablation),
