@@ -108,7 +108,9 @@ def test_photographs_by_name_come_from_an_archive_and_then_from_data(tmp_path, m
     first = quick(*arguments, "--output-dir", tmp_path / "a", "--dataset-archive", tmp_path / "mine")
     again = quick(*arguments, "--output-dir", tmp_path / "b")
     assert first["n"] == again["n"] == 10 and first["top1"] == again["top1"] == 10  # ten images alike, ten classes
-    with pytest.raises(InputError, match="--dataset-archive: goes with --dataset; got none"):
+    with pytest.raises(
+        InputError, match="--dataset-archive: goes with --dataset cifar10 or imagenette; got --dataset demo"
+    ):
         quick("--dataset-archive", tmp_path / "mine")
 
 

@@ -66,16 +66,15 @@ def find_dataset(given: Path | str, archive: Path | None = None) -> Path:
     Raises:
         InputError: as `prepare_dataset`; or an archive for what needs none.
     """
-    if isinstance(given, str) or (str(given) in (DEMO, *PHOTOGRAPHS) and not given.is_dir()):
-        if str(given) in PHOTOGRAPHS:
-            return prepare_dataset(str(given), DATA, archive)
-        given = write_demo_data(DATA / DEMO)
+    by_name = isinstance(given, str) or not given.is_dir()
+    if by_name and str(given) in PHOTOGRAPHS:
+        return prepare_dataset(str(given), DATA, archive)
     if archive:
         raise InputError(
             f"--dataset-archive: goes with --dataset {' or '.join(PHOTOGRAPHS)}; got --dataset {given}"
-            + (", a folder here" if given.is_dir() else "")
+            + ("" if by_name else ", a folder here")
         )
-    return given
+    return write_demo_data(DATA / DEMO) if by_name and str(given) == DEMO else Path(given)
 
 
 def prepare_dataset(name: str, root: Path, archive: Path | None = None) -> Path:
