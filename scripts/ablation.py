@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER, Recipe
-from scripts.tables import read_ablation
+from scripts.tables import read_csv
 from utils.data import validation_images
 from utils.images import load_images
 from utils.options import add_checkpoint, add_model, bit_width
@@ -121,9 +121,7 @@ def main() -> None:
         "timm": versions["timm"],
         "commit": utils.run.environment.commit(),
     }
-    done = {
-        (row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_ablation(options.rows)
-    }
+    done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_csv(options.rows)}
     for text in options.bits:
         w_bit, a_bit = parse_bits(text)
         about_bits = (options.model, str(w_bit), str(a_bit))

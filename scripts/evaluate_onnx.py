@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,17 @@ def open_session(path: Path, threads: int, optimized: Path | None = None) -> "In
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def machine_name() -> str:
+    """The processor as it names itself, and whether it multiplies integers in one instruction (VNNI), on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return f"{name} ({'VNNI' if 'vnni' in flags else 'no VNNI'})"
+
+
 @contextmanager
 def on_first_core() -> Iterator[None]:
     """Within the context the calling thread stays on the first of its cores."""
@@ -105,23 +117,24 @@ def count_products(graph: "GraphProto") -> dict[str, dict[str, int]]:
 
 
 @on_first_core()
-def measure_latency(sessions: dict[str, "InferenceSession"], batch_size: int) -> dict[str, float]:
-    """Milliseconds a batch in the best round: a round is a turn of each model, a turn's time the median of its runs.
+def measure_latency(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds a call in the best round: a round is a turn of each model, a turn's time the median of its calls.
 
     The round that was disturbed least is taken whole, as a machine may change its pace for seconds: a virtual one
     doubles the times of two threads when both of its processors are put on one core.
+
+    Args:
+        calls: by name, each computes the logits of one batch.
     """
-    shape = next(iter(sessions.values())).get_inputs()[0].shape[1:]
-    feed = {INPUT: torch.randn(batch_size, *shape).numpy()}
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         rounds.append({})
-        for name, session in sessions.items():
-            session.run(None, feed)  # not counted: the other's threads may still be spinning
+        for name, call in calls.items():
+            call()  # not counted: the other's threads may still be spinning
             turn, stop = [], time.perf_counter() + TURN
             while (start := time.perf_counter()) < stop:
-                session.run(None, feed)
+                call()
                 turn.append(1000 * (time.perf_counter() - start))
             rounds[-1][name] = statistics.median(turn)
     return min(rounds, key=lambda times: sum(times.values()))
@@ -172,7 +185,7 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
             name: file.stat().st_size for name, file in (("onnx", path), ("float", float_path)) if file.is_file()
         },
         "products": products,
-        "latency_ms": {size: measure_latency(sessions, size) for size in BATCH_SIZES},
+        "latency_ms": {size: measure_latency(_calls(sessions, size)) for size in BATCH_SIZES},
     }
     if loader:
         models = {name: _predictor(session) for name, session in sessions.items()}
@@ -180,7 +193,7 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
             models["simulated"] = load_quantized(simulated)[0]
         results |= measure_accuracy(models, loader)
     versions = utils.run.environment.versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    return results | {"threads": threads, "machine": _machine(), "versions": versions}
+    return results | {"threads": threads, "machine": machine_name(), "versions": versions}
 
 
 def export_random(name: str, folder: Path) -> Path:
@@ -261,15 +274,11 @@ def _predictor(session: "InferenceSession") -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
-def _machine() -> str:
-    """The processor as it names itself, and whether it multiplies integers in one instruction (VNNI), on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return f"{name} ({'VNNI' if 'vnni' in flags else 'no VNNI'})"
+def _calls(sessions: dict[str, "InferenceSession"], batch_size: int) -> dict[str, Callable[[], object]]:
+    """What computes the logits of one batch of noise, by name."""
+    shape = next(iter(sessions.values())).get_inputs()[0].shape[1:]
+    feed = {INPUT: torch.randn(batch_size, *shape).numpy()}
+    return {name: partial(session.run, None, feed) for name, session in sessions.items()}
 
 
 if __name__ == "__main__":

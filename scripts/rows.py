@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list({tuple(row[key] for key in KEY): row for row in rows}.values())
 
 
-def append_row(path: Path, row: dict) -> None:
+def append_row(path: Path, row: dict, columns: tuple[str, ...] = COLUMNS) -> None:
     """Append one row, also while other runs append theirs; the first is preceded by the names of the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -47,7 +47,7 @@ def append_row(path: Path, row: dict) -> None:
         file.seek(0, os.SEEK_END)
         size = file.tell()
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         if size == 0:
             writer.writeheader()
         writer.writerow(row)

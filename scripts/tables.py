@@ -106,7 +106,7 @@ def recipe_cell(rows: list[dict[str, str]]) -> str:
     return f"{top1:.2f} ({agreement:.1f})"
 
 
-def read_ablation(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of scripts/ablation.py, none if the file is absent."""
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
@@ -162,7 +162,7 @@ TABLES = {
     "cifar": (partial(small_table, ("cifar_swin",)), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
     "paper": (paper_table, "docs/results.md", read_rows),
-    "recipes": (recipes_table, "docs/recipes.md", read_ablation),
+    "recipes": (recipes_table, "docs/recipes.md", read_csv),
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from utils import fractals
-from utils.fractals import IMAGE_SIZE, NUM_CLASSES, render_round, write_demo_data
+from utils.fractals import IMAGE_SIZE, NUM_CLASSES, render_others, render_round, write_demo_data
 
 
 def test_rendering_is_deterministic_and_streams_differ():
@@ -19,6 +19,15 @@ def test_images_have_contrast_and_differ_between_classes():
     assert (images.std(axis=(1, 2, 3)) > 10).all()
     flat = images.reshape(NUM_CLASSES, -1)
     assert np.linalg.norm(flat[:, None] - flat[None], axis=2)[~np.eye(NUM_CLASSES, dtype=bool)].min() > 1000
+
+
+def test_other_classes_have_any_size_and_another_class_for_each_image():
+    images = render_others(NUM_CLASSES + 2, 24, seed=0)
+    assert images.shape == (NUM_CLASSES + 2, 24, 24, 3) and images.dtype == np.uint8
+    assert np.array_equal(images[:3], render_others(3, 24, seed=0))
+    assert not np.array_equal(images[:2], images[NUM_CLASSES:]) and len(render_others(1, 96, seed=0)) == 1
+    assert not np.array_equal(images[:3], render_others(3, 24, seed=1))
+    assert not np.array_equal(render_others(NUM_CLASSES, IMAGE_SIZE, seed=0), render_round("train", 0))
 
 
 def test_data_set_is_written_once_in_imagenets_layout(tmp_path, monkeypatch):

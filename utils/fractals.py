@@ -19,15 +19,15 @@ IMAGE_SIZE = 64
 IMAGES_PER_CLASS = {"train": 20, "val": 40}
 
 _SEED = 20220302  # names the data set: another seed is another set of classes
-_STREAMS = {"classes": 0, "train": 1, "val": 2, "training": 3}  # "training": scripts/train.py's own images
+# "training": scripts/train.py's own images; "others": of classes that the data set does not have
+_STREAMS = {"classes": 0, "train": 1, "val": 2, "training": 3, "others": 4}
 _MAPS = 5  # an iterated function system has 2 to 5 maps; unused ones get probability zero
-_PARTICLES, _STEPS, _BURN_IN = 128, 40, 10  # chaos game: points walked at once, steps kept, steps dropped
+_PARTICLES, _STEPS, _BURN_IN = 128, 40, 10  # chaos game: points walked at once (64x64), steps kept, steps dropped
 _JITTER = 0.08  # of the maps' parameters, relative
 
 
-def _random_classes() -> dict[str, np.ndarray]:
+def _random_classes(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw what defines each class: affine maps, their probabilities, stripe frequency and angle, two colours."""
-    rng = np.random.default_rng([_SEED, _STREAMS["classes"]])
     n = NUM_CLASSES
     turn = rng.uniform(-np.pi, np.pi, (2, n, _MAPS))
     stretch = rng.uniform(0.25, 0.8, (n, _MAPS, 2)) * rng.choice([-1, 1], (n, _MAPS, 2), p=[0.25, 0.75])
@@ -54,13 +54,31 @@ def render_round(stream: str, index: int) -> np.ndarray:
     Returns:
         uint8 array (NUM_CLASSES, IMAGE_SIZE, IMAGE_SIZE, 3); the position along the first axis is the label.
     """
-    rng = np.random.default_rng([_SEED, _STREAMS[stream], index])
-    classes, n, size = _random_classes(), NUM_CLASSES, IMAGE_SIZE
+    classes = _random_classes(np.random.default_rng([_SEED, _STREAMS["classes"]]))
+    return _render(classes, np.random.default_rng([_SEED, _STREAMS[stream], index]), IMAGE_SIZE)
+
+
+def render_others(count: int, size: int, seed: int) -> np.ndarray:
+    """Render images of classes that the data set does not have, each of another class: (count, size, size, 3), uint8.
+
+    To calibrate any model with, as they know nothing of it. To the demo models, which were trained on the data set,
+    they are more of its kind.
+    """
+    rounds = []
+    for index in range(-(-count // NUM_CLASSES)):
+        rng = np.random.default_rng([_SEED, _STREAMS["others"], seed, index])
+        rounds.append(_render(_random_classes(rng), rng, size))
+    return np.concatenate(rounds)[:count]
+
+
+def _render(classes: dict[str, np.ndarray], rng: np.random.Generator, size: int) -> np.ndarray:
+    """One image of every class: (NUM_CLASSES, size, size, 3), uint8."""
+    n = NUM_CLASSES
 
     def jitter(value: np.ndarray) -> np.ndarray:
         return value * (1 + _JITTER * rng.standard_normal(value.shape))
 
-    mask = _shape_mask(jitter(classes["linear"]), jitter(classes["shift"]), classes["probability"], rng)
+    mask = _shape_mask(jitter(classes["linear"]), jitter(classes["shift"]), classes["probability"], rng, size)
     frequency = classes["frequency"] * (1 + 0.15 * rng.standard_normal(n))
     angle = classes["angle"] + 0.3 * rng.standard_normal(n)
     axis = np.arange(size) / size
@@ -96,19 +114,21 @@ def write_demo_data(root: Path) -> Path:
     return root
 
 
-def _shape_mask(linear: np.ndarray, shift: np.ndarray, probability: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _shape_mask(
+    linear: np.ndarray, shift: np.ndarray, probability: np.ndarray, rng: np.random.Generator, size: int
+) -> np.ndarray:
     """Play the chaos game for every image at once; returns the boolean masks (n, size, size)."""
-    n, size = len(linear), IMAGE_SIZE
+    n, particles = len(linear), _PARTICLES * size**2 // IMAGE_SIZE**2
     # A map that expands would send its points to infinity: its largest singular value is held below one.
     norm = np.linalg.norm(linear, ord=2, axis=(2, 3), keepdims=True)
     linear = linear * np.minimum(1, 0.9 / norm)
     maps = np.concatenate([linear.reshape(n, _MAPS, 4), shift], axis=2)  # x -> a x + b y + e, y -> c x + d y + f
     threshold = probability.cumsum(1)[:, None]  # (n, 1, maps)
     images = np.arange(n)[:, None]
-    x = y = np.zeros((n, _PARTICLES))
-    track = np.empty((2, n, _STEPS, _PARTICLES))
+    x = y = np.zeros((n, particles))
+    track = np.empty((2, n, _STEPS, particles))
     for step in range(-_BURN_IN, _STEPS):
-        choice = (rng.random((n, _PARTICLES, 1)) > threshold).sum(2).clip(max=_MAPS - 1)
+        choice = (rng.random((n, particles, 1)) > threshold).sum(2).clip(max=_MAPS - 1)
         a, b, c, d, e, f = np.moveaxis(maps[images, choice], 2, 0)  # (n, particles) each
         x, y = a * x + b * y + e, c * x + d * y + f
         if step >= 0:

@@ -1,0 +1,298 @@
+"""Does calibration without data work with other toolkits, too? Each, given the same float model and the same images.
+
+    python generate_data.py --model demo_vit --output runs/images/demo_vit_seed0.safetensors
+    python scripts/toolkits.py --model demo_vit --images "runs/images/{model}_seed{seed}.safetensors"
+    python scripts/toolkits.py --model demo_vit --latency
+
+One row a model, toolkit, kind of images and seed is appended to --rows as it is measured, and a row that is there is
+not measured again. A toolkit that fails on a model is a row, too, with its error.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import cache, partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils.run.environment  # isort: skip
+
+import torch
+from torch import Tensor
+
+from models import DEMO_MODELS, build_model, evaluation_transform, normalization, short_name
+from models.saved import export_onnx, require_onnx
+from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
+from scripts.rows import append_row
+from scripts.tables import read_csv
+from scripts.vendors import FAST, RUNTIMES, TOOLKITS, FloatModel, Predict, Program, Quantize, Toolkit
+from utils.data import Images, check_dataset, draw_images, open_data
+from utils.evaluate import count_correct
+from utils.fractals import render_others, write_demo_data
+from utils.images import draw_noise, load_images
+from utils.options import add_checkpoint
+from utils.photographs import find_dataset
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.options import Parser, available_cores, natural, positive
+from utils.run.seeds import stream
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "scripts" / "results" / "toolkits.csv"
+LATENCIES = ROOT / "scripts" / "results" / "toolkits_latency.csv"
+KINDS = ("noise", "uniform", "fractals", "generated", "real")
+BATCH = 50  # images of a forward pass when accuracy is measured
+KEY = ("model", "toolkit", "images", "calibration_images", "seed")
+ORIGIN = ("versions", "device", "commit", "date", "error")
+COLUMNS = (*KEY, "runtime", "n", "float_top1", "top1", "float_bytes", "bytes", *ORIGIN)
+LATENCY_KEY = ("model", "toolkit", "threads", "batch")
+LATENCY_COLUMNS = (*LATENCY_KEY, "runtime", "float_ms", "ms", *ORIGIN)
+
+
+class CalibrationImages:
+    """Images of every kind for one model: (count, 3, H, W), normalised."""
+
+    def __init__(self, source: FloatModel, count: int, pattern: str | None, train: Images | None) -> None:
+        self.name, self.count, self.pattern, self.train = source.name, count, pattern, train
+        self.size, self.normalization = source.model.patch_embed.img_size, normalization(source.model)
+
+    def draw(self, kind: str, seed: int) -> Tensor:
+        """Noise N(0, 1); pixels drawn uniformly; fractals of any class; what generate_data.py wrote; or photographs."""
+        mean, std = self.normalization
+        match kind:
+            case "noise":
+                return draw_noise(self.count, self.size, seed)
+            case "uniform":
+                return (torch.rand(self.count, 3, *self.size, generator=stream(seed, "uniform")) - mean) / std
+            case "fractals":
+                height, width = self.size
+                pixels = torch.from_numpy(render_others(self.count, max(height, width), seed)).permute(0, 3, 1, 2)
+                return (pixels[..., :height, :width] / 255 - mean) / std
+            case "generated":
+                return self.generated(seed)
+            case "real":
+                return draw_images(self.train, self.count, seed)
+
+    def generated(self, seed: int) -> Tensor:
+        """The first images of the seed's file."""
+        path = images_path(self.pattern, self.name, seed)
+        images = load_images(path, self.size)["images"][: self.count]
+        if len(images) < self.count:
+            raise InputError(f"--images {path}: expected at least {self.count} images; found {len(images)}")
+        return images
+
+
+def images_path(pattern: str, name: str, seed: int) -> Path:
+    """The file of a model and a seed; the pattern may name both, as {model} and {seed}."""
+    return Path(pattern.replace("{model}", short_name(name)).replace("{seed}", str(seed)))
+
+
+def accuracy(predict: Predict, images: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent on images (B, 3, H, W)."""
+    hits = [count_correct(predict(x), y)[0] for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True)]
+    return round(100 * sum(hits).item() / len(labels), 3)
+
+
+def quantizer(source: FloatModel, images: Tensor, folder: Path) -> Callable[[Quantize], tuple[Program, list[Path]]]:
+    """What calls a toolkit's `quantize`: once, as its file may run in several runtimes."""
+
+    @cache
+    def call(quantize: Quantize) -> tuple[Program, list[Path]]:
+        return quantize(source, images, Path(tempfile.mkdtemp(dir=folder)))
+
+    return call
+
+
+def measure_toolkit(
+    toolkit: Toolkit, call: Callable[[Quantize], tuple[Program, list[Path]]], val: tuple[Tensor, Tensor]
+) -> dict[str, float | int | str]:
+    """Accuracy and size of the model that a toolkit makes, `call`ed; or the error that it ends with."""
+    try:
+        program, files = call(toolkit.quantize)
+        size = sum(file.stat().st_size for file in files)
+        top1 = accuracy(RUNTIMES[toolkit.runtime](program, torch.get_num_threads()), *val)
+    except Exception as error:  # whatever a toolkit raises is a result
+        return {"error": first_line(error)}
+    return {"n": len(val[1]), "top1": top1, "bytes": size or ""}
+
+
+def measure_latencies(
+    toolkits: dict[str, Toolkit], source: FloatModel, threads: int, folder: Path
+) -> Iterator[dict[str, float | int | str]]:
+    """Milliseconds a batch of each toolkit and of the float model, in turns, in one runtime."""
+    (runtime,) = {toolkit.runtime for toolkit in toolkits.values()}
+    images = draw_noise(8, source.model.patch_embed.img_size, 0)
+    ready = {"float": FAST[runtime](float_program(source, runtime), threads)}
+    call = quantizer(source, images, folder)
+    for name, toolkit in toolkits.items():
+        try:
+            ready[name] = FAST[runtime](call(toolkit.quantize)[0], threads)
+            ready[name](images)
+        except Exception as error:
+            yield {"toolkit": name, "threads": threads, "runtime": runtime, "error": first_line(error)}
+            ready.pop(name, None)
+    for batch in BATCH_SIZES:
+        feed = draw_noise(batch, source.model.patch_embed.img_size, 1)
+        calls: dict[str, Callable[[], object]] = {name: partial(predict, feed) for name, predict in ready.items()}
+        for run in calls.values():  # compiled, and its threads started, on any core
+            run()
+        times = measure_latency(calls)
+        for name in [name for name in toolkits if name in times]:
+            about = {"toolkit": name, "threads": threads, "batch": batch, "runtime": runtime}
+            yield about | {"float_ms": round(times["float"], 3), "ms": round(times[name], 3)}
+
+
+def float_program(source: FloatModel, runtime: str) -> Program:
+    """What a runtime opens of the float model."""
+    return source.onnx if runtime in ("onnxruntime", "openvino") else source.model
+
+
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its text, 200 characters at most."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def installed(names: list[str] | None) -> dict[str, Toolkit]:
+    """The toolkits of these names, which must be installed; for None all that are, and a line that names the others."""
+    missing = {name: TOOLKITS[name].missing() for name in names or TOOLKITS}
+    lacking = {name: packages for name, packages in missing.items() if packages}
+    advice = "pip install -r requirements-toolkits.txt"
+    if names and lacking:
+        problem = "; ".join(f"{name} needs {', '.join(packages)}" for name, packages in lacking.items())
+        raise InputError(f"--toolkit: {problem}, not installed: {advice}")
+    if lacking:
+        print(f"not installed, left out: {', '.join(lacking)} ({advice})")
+    return {name: TOOLKITS[name] for name in missing if name not in lacking}
+
+
+def find_data(options: argparse.Namespace) -> Path:
+    """The root of the data set, looked at."""
+    dataset = options.dataset
+    if not dataset:
+        if any(name not in DEMO_MODELS for name in options.model):
+            raise InputError("expected --dataset, as not all models are the demo's; got none")
+        dataset = write_demo_data(ROOT / "data" / "demo")
+    dataset = find_dataset(dataset)
+    check_dataset(dataset, ["val", "train"] if "real" in options.kinds else ["val"])
+    return dataset
+
+
+def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits: dict[str, Toolkit]) -> None:
+    """Append the rows that are not there yet."""
+    real = "real" in options.kinds
+    dataset = find_data(options)
+    data = open_data(
+        dataset, evaluation_transform(source.model), source.model.num_classes, train=real, limit=options.limit
+    )
+    items = [data["val"][index] for index in range(len(data["val"]))]
+    val = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))
+    done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
+    floats: dict[str, float] = {}
+    for seed in options.seed:
+        for kind in options.kinds:
+            about = {"model": label(options, source), "images": kind, "calibration_images": options.calib_batchsize}
+            about |= {"seed": seed, "float_bytes": source.onnx.stat().st_size}
+            left = {
+                n: t for n, t in toolkits.items() if tuple(str((about | {"toolkit": n})[k]) for k in KEY) not in done
+            }
+            if not left:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                call = quantizer(source, images.draw(kind, seed), Path(folder))
+                for name, toolkit in left.items():
+                    runtime = toolkit.runtime
+                    if runtime not in floats:
+                        predict = RUNTIMES[runtime](float_program(source, runtime), torch.get_num_threads())
+                        floats[runtime] = accuracy(predict, *val)
+                    measured = {"toolkit": name, "runtime": runtime, "float_top1": floats[runtime]}
+                    measured |= measure_toolkit(toolkit, call, val)
+                    append_row(options.rows, about | measured | origin(toolkit), COLUMNS)
+                    print(", ".join(f"{key} {value}" for key, value in (about | measured).items()), flush=True)
+
+
+def append_latencies(options: argparse.Namespace, source: FloatModel, toolkits: dict[str, Toolkit]) -> None:
+    """Append the rows that are not there yet, of toolkits that do not only simulate."""
+    done = {tuple(row[key] for key in LATENCY_KEY[:3]) for row in read_csv(options.latency_rows)}
+    model = label(options, source)
+    for threads in dict.fromkeys((1, available_cores())):
+        for runtime in FAST:
+            some = {
+                name: toolkit
+                for name, toolkit in toolkits.items()
+                if toolkit.runtime == runtime and (model, name, str(threads)) not in done
+            }
+            if not some:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                for measured in measure_latencies(some, source, threads, Path(folder)):
+                    about = origin(toolkits[measured["toolkit"]]) | {"device": machine_name()}
+                    append_row(options.latency_rows, {"model": model} | about | measured, LATENCY_COLUMNS)
+                    print(", ".join(f"{name} {value}" for name, value in measured.items()), flush=True)
+
+
+def origin(toolkit: Toolkit) -> dict[str, str | None]:
+    """Where, when and with what a row was measured."""
+    return {
+        "versions": toolkit.versions(),
+        "device": utils.run.environment.device_name(torch.device("cpu")),
+        "commit": utils.run.environment.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def label(options: argparse.Namespace, source: FloatModel) -> str:
+    """What rows call the model: its name, and that of its file of weights."""
+    return f"{source.name} {options.checkpoint.stem}" if options.checkpoint else source.name
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and files that are not there, before any work."""
+    if options.checkpoint and len(options.model) > 1:
+        raise InputError(f"--checkpoint: goes with one model; got {len(options.model)}")
+    if options.latency:
+        return
+    if "generated" in options.kinds:
+        if not options.images:
+            raise InputError("--images: expected files of generated images, or --kinds without generated; got none")
+        for name in options.model:
+            for seed in options.seed:
+                if not (path := images_path(options.images, name, seed)).is_file():
+                    raise InputError(f"--images {path}: no such file")
+    find_data(options)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="NAME", help="models, by the names of test_quant.py")
+    add_checkpoint(parser)
+    add(
+        "--toolkit", nargs="+", choices=TOOLKITS, metavar="NAME", help=f"{', '.join(TOOLKITS)} (all that are installed)"
+    )
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of images: {', '.join(KINDS)} (all)")
+    add("--images", metavar="FILE", help="generated images; {model} and {seed} stand for those of a row")
+    add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to calibrate with (32)")
+    add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="seeds of the images (0)")
+    add("--dataset", type=Path, metavar="DIR", help="data set with val/, and train/ for real images (demo: its own)")
+    add("--limit", type=positive, metavar="N", help="validate on N images (all)")
+    add("--latency", action="store_true", help="measure latencies instead, in turns: nothing else may run meanwhile")
+    add("--rows", type=Path, default=ROWS, metavar="FILE", help="accuracies (scripts/results/toolkits.csv)")
+    add("--latency-rows", type=Path, default=LATENCIES, metavar="FILE", help="latencies (.../toolkits_latency.csv)")
+    options = parser.parse_args()
+    require_onnx()
+    check_options(options)
+    toolkits = installed(options.toolkit)
+    logging.disable(logging.WARNING)  # of what toolkits think of every norm
+    for name in options.model:
+        with tempfile.TemporaryDirectory() as folder:
+            source = FloatModel(name, build_model(name, options.checkpoint), Path(folder) / "float.onnx")
+            export_onnx(source.onnx, source.model, name)
+            (append_latencies if options.latency else measure_accuracies)(options, source, toolkits)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
