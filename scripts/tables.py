@@ -16,6 +16,7 @@ from scripts.rows import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
+KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
 
 # Top-1 on ImageNet as the paper gives it (table 1; one RTX 3090), and noise, real and generated of an independent
 # re-run of the published implementation (repository ngrxmu/FDD-DFQ-ViT, README, seed 444).
@@ -106,8 +107,76 @@ def recipe_cell(rows: list[dict[str, str]]) -> str:
     return f"{top1:.2f} ({agreement:.1f})"
 
 
+def toolkits_table(rows: list[dict[str, str]]) -> str:
+    """Top-1 of every model and toolkit by kind of calibration images; what failed; and by number of images."""
+    if not rows:
+        return "Not run yet."
+    usual = [row for row in rows if row["calibration_images"] == CALIBRATION_IMAGES]
+    lines = [
+        "| model (float top-1) | toolkit | runtime | MB | " + " | ".join(KINDS) + " |",
+        "|---" * (4 + len(KINDS)) + "|",
+    ]
+    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in usual):
+        some = [row for row in usual if (row["model"], row["toolkit"]) == (model, toolkit)]
+        cells = [toolkit_cell([row for row in some if row["images"] == kind]) for kind in KINDS]
+        sizes = [int(row["bytes"]) for row in some if row["bytes"]]
+        size = f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "-"
+        name = f"{model} ({float(some[0]['float_top1']):.2f})"
+        lines.append(f"| {name} | {toolkit} | {some[0]['runtime']} | {size} | {' | '.join(cells)} |")
+    errors = dict.fromkeys((row["model"], row["toolkit"], row["error"]) for row in rows if row["error"])
+    failed = [f"- {toolkit} on {model} failed: `{error}`" for model, toolkit, error in errors]
+    seeds = {row["seed"] for row in usual}
+    about = f"Top-1 in percent on {_all_of(usual, 'n')} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    about += f"{', mean and standard deviation' * (len(seeds) > 1)}; {CALIBRATION_IMAGES} calibration images; "
+    versions = ", ".join(sorted({part for row in rows for part in row["versions"].split(", ")}))
+    about += f"{_all_of(usual, 'device')}; {versions}."
+    parts = ["\n".join(lines), "\n".join(failed), about, number_table(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def number_table(rows: list[dict[str, str]]) -> str:
+    """Top-1 by the number of generated images, where more than one was tried."""
+    rows = [row for row in rows if row["images"] == "generated"]
+    numbers = sorted({int(row["calibration_images"]) for row in rows})
+    if len(numbers) < 2:
+        return ""
+    lines = ["| generated images | toolkit |" + "".join(f" {number} |" for number in numbers)]
+    lines.append("|---" * (2 + len(numbers)) + "|")
+    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["toolkit"]) == (model, toolkit)]
+        cells = [toolkit_cell([row for row in some if row["calibration_images"] == str(n)]) for n in numbers]
+        lines.append(f"| {model} | {toolkit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def toolkit_cell(rows: list[dict[str, str]]) -> str:
+    """Mean and standard deviation over the seeds, or that it failed."""
+    top1 = [float(row["top1"]) for row in rows if not row["error"]]
+    return spread(top1) if top1 else "failed" if rows else "-"
+
+
+def latency_table(rows: list[dict[str, str]]) -> str:
+    """Milliseconds of int8 and float, by threads and batch size."""
+    if not rows:
+        return "Not run yet."
+    cases = list(dict.fromkeys((row["threads"], row["batch"]) for row in rows if not row["error"]))
+    heads = [f"{threads} thread{'s' * (threads != '1')}, batch {batch}" for threads, batch in cases]
+    lines = ["| model | toolkit | runtime | " + " | ".join(heads) + " |", "|---" * (3 + len(cases)) + "|"]
+    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["toolkit"]) == (model, toolkit)]
+        found = {
+            (row["threads"], row["batch"]): (float(row["ms"]), float(row["float_ms"])) for row in some if row["ms"]
+        }
+        cells = [
+            "{:.2f} / {:.2f} = {:.2f}".format(*found[case], found[case][0] / found[case][1]) if case in found else "-"
+            for case in cases
+        ]
+        lines.append(f"| {model} | {toolkit} | {some[0]['runtime']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Milliseconds a batch, int8 / float; {_all_of(rows, 'device')}."])
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of scripts/ablation.py, none if the file is absent."""
+    """The rows of a file as they are, none if it is absent."""
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
@@ -122,8 +191,13 @@ def cell(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: s
     top1 = values(rows, model, w_bit, a_bit, mode)
     if not top1:
         return "not run"
-    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-    return f"{statistics.mean(top1):.2f}{spread}"
+    return spread(top1)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and standard deviation if there are several."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def provenance(rows: list[dict[str, str]]) -> str:
@@ -131,16 +205,16 @@ def provenance(rows: list[dict[str, str]]) -> str:
     rows = [row for row in rows if not row["error"]]
     if not rows:
         return "Ours: not run yet."
-
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({row[key] for row in rows}))
-
-    seeds = len({row["seed"] for row in rows})
+    seeds, n = len({row["seed"] for row in rows}), _all_of(rows, "n")
     return (
-        f"Top-1 in percent on {all_of('n')} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
-        f"{all_of('calibration_images')} calibration images, 2 x {all_of('steps')} steps; {all_of('device')}, torch "
-        f"{all_of('torch')}, timm {all_of('timm')}."
+        f"Top-1 in percent on {n} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
+        f"{_all_of(rows, 'calibration_images')} calibration images, 2 x {_all_of(rows, 'steps')} steps; "
+        f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
     )
+
+
+def _all_of(rows: list[dict[str, str]], key: str) -> str:
+    return ", ".join(sorted({row[key] for row in rows if row[key]}))
 
 
 def main() -> None:
@@ -163,6 +237,8 @@ TABLES = {
     "precision": (precision_table, "docs/results.md", read_rows),
     "paper": (paper_table, "docs/results.md", read_rows),
     "recipes": (recipes_table, "docs/recipes.md", read_csv),
+    "toolkits": (toolkits_table, "docs/toolkits.md", read_csv),
+    "toolkits_latency": (latency_table, "docs/toolkits.md", read_csv),
 }
 
 if __name__ == "__main__":

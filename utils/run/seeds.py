@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-_PURPOSES = ("images", "labels", "augmentation", "noise", "real", "limit")
+_PURPOSES = ("images", "labels", "augmentation", "noise", "real", "limit", "uniform")
 
 
 def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
@@ -13,7 +13,7 @@ def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
 
     Args:
         seed: the run's seed.
-        purpose: one of "images", "labels", "augmentation", "noise", "real", "limit".
+        purpose: one of "images", "labels", "augmentation", "noise", "real", "limit", "uniform".
         index: tells streams of one purpose apart, such as the number of a batch.
     """
     entropy = np.random.SeedSequence([seed, _PURPOSES.index(purpose), *index])
