@@ -69,7 +69,7 @@ class CalibrationImages:
             case "fractals":
                 height, width = self.size
                 pixels = torch.from_numpy(render_others(self.count, max(height, width), seed)).permute(0, 3, 1, 2)
-                return (pixels[..., :height, :width] / 255 - mean) / std
+                return ((pixels[..., :height, :width] / 255 - mean) / std).contiguous()
             case "generated":
                 return self.generated(seed)
             case "real":
