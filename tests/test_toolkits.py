@@ -1,0 +1,178 @@
+"""Other toolkits: scripts/toolkits.py, and the code that docs/toolkits.md prints."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import build_model
+from models.saved import export_onnx
+from utils.images import draw_noise, save_images
+from utils.run.errors import InputError
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from scripts import tables, toolkits, vendors  # noqa: E402
+
+PAGE = (Path(toolkits.ROOT) / "docs" / "toolkits.md").read_text()
+BLOCKS = dict(re.findall(r"\n## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL))
+# What each block needs, and where it leaves the quantized model: in a file, or as `quantized`
+NEEDS = {
+    "ONNX Runtime": ("onnxruntime", "int8.onnx"),
+    "NNCF and OpenVINO": ("nncf", "int8.xml"),
+    "ModelOpt, torch": ("modelopt", None),
+    "ModelOpt, ONNX": ("modelopt.onnx", "int8.onnx"),
+    "torchao, PT2E": ("torchao", None),
+    "Brevitas": ("brevitas", None),
+    "AIMET": ("aimet_torch", None),
+    "Quark": ("quark", "int8.onnx"),
+    "Neural Compressor": ("neural_compressor", None),
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """demo_vit in float, as torch and as ONNX, and calib.npy, as generate_data.py writes it, in one folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    source = vendors.FloatModel("demo_vit", build_model("demo_vit"), folder / "demo_vit.float.onnx")
+    export_onnx(source.onnx, source.model, source.name)
+    images = draw_noise(4, (64, 64), 0)
+    save_images(folder / "calib.npy", torch.zeros(3, 1, 1), torch.ones(3, 1, 1), images)
+    return source
+
+
+def check_agreement(predict, source):
+    """An int8 model is near the float one, and is not it."""
+    images = draw_noise(8, (64, 64), 1)
+    with torch.no_grad():
+        logits, expected = torch.as_tensor(np.asarray(predict(images))), source.model(images)
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.3
+
+
+def test_page_has_a_block_for_each_toolkit():
+    assert BLOCKS.keys() == NEEDS.keys()
+    assert all(len(code.splitlines()) < 30 and "calib.npy" in code for code in BLOCKS.values())
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_printed_code_calibrates(name, demo, monkeypatch):
+    module, file = NEEDS[name]
+    pytest.importorskip(module)
+    monkeypatch.chdir(demo.onnx.parent)
+    names = {"__name__": "printed"}
+    exec(BLOCKS[name], names)
+    if file:
+        runtime = "onnxruntime" if file.endswith(".onnx") else "openvino"
+        check_agreement(vendors.RUNTIMES[runtime](Path(file), 1), demo)
+    else:
+        check_agreement(names["quantized"], demo)
+
+
+def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
+    pytest.importorskip("openvino")
+    images = draw_noise(8, (64, 64), 1)
+    for call in (vendors.OURS, vendors.BEST):
+        path, _ = call(demo, draw_noise(4, (64, 64), 0), tmp_path)
+        first, second = (vendors.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
+        assert (first.argmax(1) == second.argmax(1)).all() and (first - second).norm() / first.norm() < 0.05
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["toolkits.py", *map(str, arguments)])
+    toolkits.main()
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_measured_once_and_failures_are_rows(tmp_path, image_root, monkeypatch, capsys):
+    size, rows = build_model("demo_vit").patch_embed.img_size, tmp_path / "rows.csv"
+    save_images(tmp_path / "demo_vit-3.npy", torch.zeros(3, 1, 1), torch.ones(3, 1, 1), draw_noise(5, size, 0))
+    line = ["--model", "demo_vit", "--dataset", image_root, "--limit", 4, "--calib-batchsize", 2, "--seed", 3]
+    line += ["--rows", rows, "--images", tmp_path / "{model}-{seed}.npy"]
+    call(monkeypatch, *line, "--toolkit", "ort", "--kinds", *toolkits.KINDS)
+    call(monkeypatch, *line, "--toolkit", "ours", "ort", "--kinds", "noise")
+    first = read(rows)
+    expected = [("ort", kind) for kind in toolkits.KINDS]
+    assert [(row["toolkit"], row["images"]) for row in first] == [*expected, ("ours", "noise")]
+    for row in first:
+        assert row["error"] == "" and row["n"] == "4" and 0 <= float(row["top1"]) <= 100 and row["float_top1"]
+        assert int(row["bytes"]) < 0.35 * int(row["float_bytes"]) and "onnxruntime" in row["versions"]
+    assert len({row["bytes"] for row in first}) > 1  # other images, other ranges: other zero points
+
+    def fail(*arguments):
+        raise RuntimeError("\nno such operator\nand so on")
+
+    monkeypatch.setitem(vendors.TOOLKITS, "broken", vendors.Toolkit(fail, "onnxruntime"))
+    monkeypatch.setattr(toolkits, "installed", lambda names: {name: vendors.TOOLKITS[name] for name in names})
+    for _ in range(2):
+        call(monkeypatch, *line, "--toolkit", "ours", "broken", "--kinds", "noise")
+    assert read(rows)[:-1] == first and read(rows)[-1]["error"] == "RuntimeError: no such operator"
+    table = tables.toolkits_table([row | {"calibration_images": "32"} for row in read(rows)])
+    assert "| broken | onnxruntime | - | failed | - | - | - | - |" in table
+    assert "broken on demo_vit failed: `RuntimeError: no such operator`" in table
+    assert f"| {float(first[-1]['top1']):.2f} | " in table
+
+
+def test_latencies_are_of_int8_and_float_in_one_runtime(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.evaluate_onnx.SECONDS", 0.1)
+    monkeypatch.setattr("scripts.evaluate_onnx.TURN", 0.01)
+    monkeypatch.setattr(toolkits, "available_cores", lambda: 1)
+    line = ["--model", "demo_vit", "--toolkit", "ours", "ort", "--latency", "--latency-rows", tmp_path / "rows.csv"]
+    for _ in range(2):
+        call(monkeypatch, *line)
+    found = read(tmp_path / "rows.csv")
+    assert [(row["toolkit"], row["threads"], row["batch"]) for row in found] == [
+        (name, "1", batch) for batch in ("1", "8") for name in ("ours", "ort")
+    ]
+    assert all(float(row["ms"]) > 0 and float(row["float_ms"]) > 0 and not row["error"] for row in found)
+    assert "| ort | onnxruntime | " in tables.latency_table(found)
+
+
+def test_what_is_not_installed_is_left_out_or_refused_by_name(monkeypatch, capsys):
+    broken = vendors.Toolkit(None, "torch", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(toolkits, "TOOLKITS", {"ort": vendors.TOOLKITS["ort"], "absent": broken})
+    assert list(toolkits.installed(None)) == ["ort"]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "not installed, left out: absent" in said and "requirements-toolkits.txt" in said
+    with pytest.raises(InputError, match=r"absent needs no-such-package, not installed: pip install -r requirements-t"):
+        toolkits.installed(["ort", "absent"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "demo_vit"], "--images: expected files of generated images"),
+        (["--model", "demo_vit", "--images", "absent-{seed}.npy"], r"--images absent-0\.npy: no such file"),
+        (["--model", "deit_tiny", "--kinds", "noise"], "expected --dataset"),
+        (["--model", "demo_vit", "demo_swin", "--checkpoint", "w.pth"], "--checkpoint: goes with one model; got 2"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, reason, monkeypatch):
+    monkeypatch.setattr(toolkits, "build_model", lambda *arguments: pytest.fail("builds the model"))
+    with pytest.raises(InputError, match=reason):
+        call(monkeypatch, *arguments)
+
+
+def test_tables_have_a_line_for_what_was_not_run():
+    assert tables.toolkits_table([]) == tables.latency_table([]) == "Not run yet."
+    row = dict.fromkeys(toolkits.COLUMNS, "") | {
+        "model": "m",
+        "toolkit": "t",
+        "float_top1": "70",
+        "images": "generated",
+    }
+    rows = [
+        row | {"calibration_images": str(n), "top1": str(60 + n), "seed": str(seed)} for n in (8, 32) for seed in (0, 1)
+    ]
+    rows[-1]["top1"] = "94"
+    text = tables.toolkits_table(rows)
+    assert "| m (70.00) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
+    assert "| m | t | 68.00 ± 0.00 | 93.00 ± 1.41 |" in text and "2 seeds, mean and standard deviation" in text
