@@ -23,7 +23,7 @@ import utils.run.environment  # isort: skip
 import torch
 from torch import Tensor
 
-from models import DEMO_MODELS, build_model, evaluation_transform, normalization, short_name
+from models import DATASETS, build_model, evaluation_transform, normalization, short_name
 from models.saved import export_onnx, require_onnx
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.rows import append_row
@@ -31,7 +31,7 @@ from scripts.tables import read_csv
 from scripts.vendors import FAST, RUNTIMES, TOOLKITS, FloatModel, Predict, Program, Quantize, Toolkit
 from utils.data import Images, check_dataset, draw_images, open_data
 from utils.evaluate import count_correct
-from utils.fractals import render_others, write_demo_data
+from utils.fractals import render_others
 from utils.images import draw_noise, load_images
 from utils.options import add_checkpoint
 from utils.photographs import find_dataset
@@ -170,11 +170,10 @@ def installed(names: list[str] | None) -> dict[str, Toolkit]:
 
 def find_data(options: argparse.Namespace) -> Path:
     """The root of the data set, looked at."""
-    dataset = options.dataset
+    own = {DATASETS.get(name) for name in options.model}
+    dataset = options.dataset or (own.pop() if len(own) == 1 else None)
     if not dataset:
-        if any(name not in DEMO_MODELS for name in options.model):
-            raise InputError("expected --dataset, as not all models are the demo's; got none")
-        dataset = write_demo_data(ROOT / "data" / "demo")
+        raise InputError("expected --dataset, as not all models have one, and the same, of their own; got none")
     dataset = find_dataset(dataset)
     check_dataset(dataset, ["val", "train"] if "real" in options.kinds else ["val"])
     return dataset
@@ -277,7 +276,12 @@ def main() -> None:
     add("--images", metavar="FILE", help="generated images; {model} and {seed} stand for those of a row")
     add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to calibrate with (32)")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="seeds of the images (0)")
-    add("--dataset", type=Path, metavar="DIR", help="data set with val/, and train/ for real images (demo: its own)")
+    add(
+        "--dataset",
+        type=Path,
+        metavar="DIR",
+        help="data set with val/, and train/ (small models: their own)",
+    )
     add("--limit", type=positive, metavar="N", help="validate on N images (all)")
     add("--latency", action="store_true", help="measure latencies instead, in turns: nothing else may run meanwhile")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="accuracies (scripts/results/toolkits.csv)")
