@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
-from utils.attention import attention_outputs, first_not_finite, frozen
+from utils.attention import attention_outputs, frozen, where_not_finite
 from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
@@ -121,7 +121,7 @@ def generate_data(
                 random=batch.random,
                 file=state and state / f"batch-{index}.safetensors",
                 identity={**identity, "labels": labels.tolist()},
-                not_finite=batch.where_not_finite,
+                not_finite=partial(where_not_finite, model, batch.images),
                 out_of_memory=partial(what_fits, batch.try_out, len(labels), advice),
             )
             bar.update(optimisation.done)
@@ -181,11 +181,6 @@ class Batch:
         offset = torch.randint(-reach, reach + 1, (), generator=self.random).item()
         shifted = self.images.roll((offset, offset), dims=(2, 3))
         return shifted.flip(3) if torch.rand((), generator=self.random) < 0.5 else shifted
-
-    def where_not_finite(self) -> str:
-        """Name the layer in which a loss stops being finite."""
-        layer = first_not_finite(self.model, self.images.detach())
-        return f"{layer} is the first layer that is not" if layer else "all layers were finite before"
 
     def try_out(self, size: int) -> Tensor:
         """The gradient for the first `size` images."""

@@ -12,7 +12,6 @@ import argparse
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,28 +28,17 @@ from models import (
     normalization,
     short_name,
 )
-from models.saved import export_onnx, load_quantized, require_onnx, save_quantized
+from models.saved import load_quantized, require_onnx, write_models
 from quant import RECIPES, activation_ranges, calibrate, quantize_model
-from utils.cache import check_cache, validation_loader
-from utils.data import Images, check_dataset, draw_images, open_data
-from utils.evaluate import compare, evaluate, fuse_rounding
+from utils import report
+from utils.cache import check_cache
+from utils.data import Images, draw_images, open_data
+from utils.evaluate import compare, fuse_rounding, measure
 from utils.images import draw_noise, load_images, save_images
-from utils.neighbours import compare_embeddings, neighbour_accuracy
 from utils.options import check_run, parse_run
 from utils.photographs import find_dataset
 from utils.plots import plot_run
-from utils.report import (
-    HELD_OUT,
-    MODES,
-    check_readable,
-    collect,
-    collect_saved,
-    headline,
-    publish,
-    report,
-    report_saved,
-    run_name,
-)
+from utils.report import HELD_OUT, MODES
 from utils.run.distributed import by_first, first_process_first, process_group
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
@@ -67,29 +55,31 @@ def quantize_and_evaluate(
 ) -> dict:
     """The method, with options that are checked; returns what results.json holds."""
     settings, losses, tag = generation_settings(options, device), [], model_tag(options.model)
+    loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
     with record.stage("build", in_turn=True):
         model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         trained = options.mode == 2 or (options.plots and dataset and (dataset / "train").is_dir())
         data = open_splits(options, dataset, model, trained)
     with record.stage("quantize", in_turn=True):
         quantized = swap_layers(options, model)
-    print(headline(options, tag, device), *model_notes(quantized), sep="\n", flush=True)
+    print(report.headline(options, tag, device), *model_notes(quantized), sep="\n", flush=True)
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
         calibrate(quantized, images["images"])
     leave_files(options, model, quantized, images, record)
+    write_models(quantized, model, options.model, options.save, options.export_onnx, options.onnx_int4)
     with record.stage("evaluate"), float32_products():
         if settings.compile:
             fuse_rounding(quantized)
         if "val" in data:
-            measured = measure({"float": model, "quantized": quantized}, data, options)
+            measured = measure({"float": model, "quantized": quantized}, data, *loading)
         else:
-            measured = (compare if model.num_classes else compare_embeddings)(model, quantized, images["held_out"])
-    results = collect(options, tag, settings.precision, quantized, images["images"], measured)
+            measured = compare(model, quantized, images["held_out"])
+    results = report.collect(options, tag, settings.precision, quantized, images["images"], measured)
     results |= {"img_size": list(model.patch_embed.img_size), "notes": model_notes(quantized)}
     results |= record.provenance(device, vars(options))
-    publish(record, results, report(results))
+    report.publish(record, results, report.describe(results))
     if options.plots:
         kind, real = MODES[options.mode], data.get("train")
         plot_run(record, model, quantized, images["images"], kind, real, losses, options.seed)
@@ -105,15 +95,16 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
         if not dataset and not options.export_onnx:
             raise InputError("--load evaluates a model: expected --dataset; got none")
         data = open_splits(options, dataset, model, train=False)
-    export(options, {"": model}, header["model"])
+    write_models(model, None, header["model"], onnx=options.export_onnx, int4=options.onnx_int4)
     if not dataset:
         return header
     with record.stage("evaluate"), float32_products():
         if generation_settings(options, device).compile:
             fuse_rounding(model.to(device))
-        measured = measure({"quantized": model.to(device)}, data, options)
-    results = collect_saved(header, measured) | record.provenance(device, vars(options))
-    publish(record, results, report_saved(results, options.load))
+        loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
+        measured = measure({"quantized": model.to(device)}, data, *loading)
+    results = report.collect_saved(header, measured) | record.provenance(device, vars(options))
+    report.publish(record, results, report.describe_saved(results, options.load))
     return results
 
 
@@ -159,6 +150,16 @@ def calibration_images(
     return images
 
 
+@by_first
+def leave_files(
+    options: argparse.Namespace, model: nn.Module, quantized: nn.Module, images: dict[str, Tensor], record: Record
+) -> None:
+    """Write the images, unless they are the user's own, and the ranges."""
+    if options.mode != 2:
+        save_images(record.folder / "images.safetensors", *normalization(model), names=class_names(model), **images)
+    record.write("ranges.json", activation_ranges(quantized))
+
+
 def open_splits(options: argparse.Namespace, dataset: Path | None, model: nn.Module, train: bool) -> dict[str, Images]:
     """The splits of the data set, none without one; refuses places that have no space for what will be written."""
     check_writable(options.output_dir or RUNS, 8 * options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size))
@@ -171,57 +172,17 @@ def open_splits(options: argparse.Namespace, dataset: Path | None, model: nn.Mod
     return data
 
 
-def measure(models: dict[str, nn.Module], data: dict[str, Images], options: argparse.Namespace) -> dict:
-    """Accuracy of the models on the images of val, which the processes of a torchrun share.
-
-    Without a classifier it is that of the nearest neighbours in train.
-    """
-    loader = partial(validation_loader, batch_size=options.val_batchsize, workers=options.num_workers)
-    val = loader(data["val"], cache=options.cache)
-    if next(iter(models.values())).num_classes:
-        return evaluate(models, val, options.print_freq)
-    return neighbour_accuracy(models, loader(data["train"]), val)
-
-
-@by_first
-def leave_files(
-    options: argparse.Namespace, model: nn.Module, quantized: nn.Module, images: dict[str, Tensor], record: Record
-) -> None:
-    """Write what there is after calibration: images, ranges, and the files of --save and --export-onnx."""
-    if options.mode != 2:
-        save_images(record.folder / "images.safetensors", *normalization(model), names=class_names(model), **images)
-    record.write("ranges.json", activation_ranges(quantized))
-    if options.save:
-        save_quantized(options.save, quantized, options.model)
-    export(options, {"": quantized, ".float": model}, options.model)
-
-
-@by_first
-def export(options: argparse.Namespace, models: dict[str, nn.Module], name: str) -> None:
-    """Write the files of --export-onnx, the float model's beside the quantized one's; tell what was written."""
-    for suffix, model in models.items() if options.export_onnx else ():
-        file = options.export_onnx.with_suffix(f"{suffix}.onnx") if suffix else options.export_onnx
-        export_onnx(file, model, name, options.onnx_int4 and not suffix)
-    for file in (options.save, options.export_onnx):
-        if file:
-            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-
-
 def find_data(options: argparse.Namespace) -> Path | None:
     """The root of the data set, looked at; None without one. A small model has its own, a saved one perhaps another."""
-    dataset, mode = options.dataset, options.mode
-    if options.load:
-        mode = 0
-    elif not dataset:
-        dataset = DATASETS.get(options.model)
+    real = options.mode == 2 and not options.load
+    dataset = options.dataset or (None if options.load else DATASETS.get(options.model))
     if dataset:
-        dataset = find_dataset(dataset, options.dataset_archive)
-        check_dataset(dataset, ["val", "train"] if mode == 2 else ["val"])
-    elif mode == 2:
+        return find_dataset(dataset, options.dataset_archive, ["val", "train"] if real else ["val"])
+    if real:
         raise InputError("--mode 2 calibrates on real images: expected --dataset with train/ and val/; got none")
-    elif options.dataset_archive and not options.load:
+    if options.dataset_archive and not options.load:
         raise InputError("--dataset-archive: goes with --dataset; got none")
-    return dataset
+    return None
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -235,12 +196,12 @@ def run(options: argparse.Namespace) -> dict:
         if options.export_onnx:
             require_onnx()
         device, dataset = pick_device(options.device), find_data(options)
-    method, name, resume = quantize_and_evaluate, run_name(options, short_name(options.model)), options.resume
+    method, name, resume = quantize_and_evaluate, report.run_name(options, short_name(options.model)), options.resume
     if options.load:
         method, name, resume = evaluate_saved, options.load.stem, None  # no state is kept
     with open_record(options.output_dir, name, resume) as record:
         results = method(options, device, dataset, record)
-        check_readable(results, options.skip_bad, record)
+        report.check_readable(results, options.skip_bad, record)
     return results
 
 

@@ -17,6 +17,7 @@ from quant.convert import place_quantizers, swap_layers
 from quant.integers import integer_state, load_integer_state
 from quant.onnx import to_onnx
 from quant.recipes import PAPER, Recipe
+from utils.run.distributed import by_first
 from utils.run.errors import InputError
 from utils.run.files import replacing
 
@@ -57,6 +58,30 @@ def export_onnx(path: Path, model: nn.Module, name: str, int4: bool = False) -> 
     graph.metadata_props.add(key=_KEY, value=json.dumps(describe(model, name)))
     with replacing(path) as draft:
         draft.write_bytes(graph.SerializeToString())
+
+
+@by_first
+def write_models(
+    quantized: nn.Module,
+    float_model: nn.Module | None,
+    name: str,
+    save: Path | None = None,
+    onnx: Path | None = None,
+    int4: bool = False,
+) -> None:
+    """Write a calibrated model, built by the name `name`, to the files that are asked for, and tell how large they are.
+
+    Args:
+        float_model: is written beside the ONNX file, as FILE.float.onnx; None for none.
+    """
+    if save:
+        save_quantized(save, quantized, name)
+    if onnx:
+        export_onnx(onnx, quantized, name, int4)
+    if onnx and float_model:
+        export_onnx(onnx.with_suffix(".float.onnx"), float_model, name)
+    for file in filter(None, (save, onnx)):
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def read_onnx_header(path: Path) -> dict:

@@ -38,8 +38,9 @@ from generate_data import Batch, GenerationSettings, draw_labels
 from models import build_model
 from quant import calibrate, quantize_model
 from utils.attention import attention_outputs, frozen
-from utils.evaluate import CPU_BATCH, fuse_rounding
+from utils.evaluate import fuse_rounding
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
+from utils.outputs import CPU_BATCH
 from utils.run.compilation import REPEATED, compiled_when_called
 from utils.run.environment import device_name, versions
 from utils.run.errors import exit_cleanly

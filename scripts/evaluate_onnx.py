@@ -33,7 +33,7 @@ from models import DATASETS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
-from utils.data import UNREADABLE, check_dataset, validation_images
+from utils.data import UNREADABLE, validation_images
 from utils.evaluate import count_correct
 from utils.loader import image_loader
 from utils.photographs import find_dataset
@@ -233,7 +233,6 @@ def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     if not dataset:
         return None
     dataset = find_dataset(dataset)
-    check_dataset(dataset, ["val"])
     transform = create_transform(**header["transform"], is_training=False)
     images = validation_images(dataset, transform, header["num_classes"], limit=options.limit)
     return image_loader(images, 50, min(16, available_cores()))

@@ -29,7 +29,7 @@ from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.rows import append_row
 from scripts.tables import read_csv
 from scripts.vendors import FAST, RUNTIMES, TOOLKITS, FloatModel, Predict, Program, Quantize, Toolkit
-from utils.data import Images, check_dataset, draw_images, open_data
+from utils.data import Images, draw_images, open_data
 from utils.evaluate import count_correct
 from utils.fractals import render_others
 from utils.images import draw_noise, load_images
@@ -174,9 +174,7 @@ def find_data(options: argparse.Namespace) -> Path:
     dataset = options.dataset or (own.pop() if len(own) == 1 else None)
     if not dataset:
         raise InputError("expected --dataset, as not all models have one, and the same, of their own; got none")
-    dataset = find_dataset(dataset)
-    check_dataset(dataset, ["val", "train"] if "real" in options.kinds else ["val"])
-    return dataset
+    return find_dataset(dataset, splits=["val", "train"] if "real" in options.kinds else ["val"])
 
 
 def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits: dict[str, Toolkit]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.attention import attention_outputs, first_not_finite, layer_entropies
+from utils.attention import attention_outputs, layer_entropies, where_not_finite
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -41,11 +41,11 @@ def test_layer_entropies_has_one_value_a_layer(swin):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_first_not_finite_names_the_earliest_layer(request, name, value):
+def test_the_earliest_layer_that_is_not_finite_is_named(request, name, value):
     model, images = request.getfixturevalue(name), torch.randn(2, 3, 32, 32)
-    assert first_not_finite(model, images) is None
+    assert where_not_finite(model, images) == "all layers were finite before"
     layers = [layer for layer, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for layer in reversed(layers):  # those after it are not finite either
         model.get_submodule(layer).weight.data[0] = value
-        assert first_not_finite(model, images) == layer
+        assert where_not_finite(model, images) == f"{layer} is the first layer that is not"
     assert not any(module._forward_hooks for module in model.modules())

@@ -213,9 +213,9 @@ def test_a_folder_wins_over_a_name(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert find_dataset(Path("cifar10"), archive[0]) == tmp_path / "data" / "cifar10"
-    assert find_dataset(Path("imagenet")) == Path("imagenet")
-    (tmp_path / "cifar10").mkdir()
-    assert find_dataset(Path("cifar10")) == Path("cifar10")
+    for name in ("imagenet", "cifar10"):
+        (tmp_path / name / "val").mkdir(parents=True)
+        assert find_dataset(Path(name)) == Path(name)
     assert find_dataset("cifar10") == tmp_path / "data" / "cifar10"  # a name for certain
     with pytest.raises(InputError, match="goes with --dataset cifar10 or imagenette; got --dataset cifar10, a folder"):
         find_dataset(Path("cifar10"), archive[0])
@@ -224,6 +224,7 @@ def test_a_folder_wins_over_a_name(archive, tmp_path, monkeypatch):
 def test_the_demos_fractals_are_a_data_set_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "DATA", tmp_path)
     monkeypatch.setattr(photographs, "write_demo_data", lambda root: root)
+    (tmp_path / "demo" / "val").mkdir(parents=True)
     assert find_dataset("demo") == find_dataset(Path("demo")) == tmp_path / "demo"
     with pytest.raises(InputError, match="--dataset-archive: goes with --dataset cifar10 or imagenette"):
         find_dataset("demo", tmp_path)

@@ -49,8 +49,8 @@ def layer_entropies(model: nn.Module, images: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """Name of the first layer whose output for `images` is not finite; None if all are."""
+def where_not_finite(model: nn.Module, images: Tensor) -> str:
+    """Say which is the first layer whose output for `images` is not finite."""
     names: list[str] = []
 
     def hook(name: str) -> Callable:
@@ -63,7 +63,7 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return names[0] if names else None
+    return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
 
 
 @contextmanager

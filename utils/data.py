@@ -198,7 +198,7 @@ def read_class_map(path: Path, num_classes: int) -> dict[str, tuple[int, int]]:
     return lines
 
 
-def check_dataset(root: Path, splits: list[str]) -> None:
+def check_dataset(root: Path, splits: Sequence[str]) -> None:
     """Refuse a data set root that lacks one of the folders `splits`, before the images in it are looked for."""
     if not root.is_dir():
         raise InputError(f"--dataset {root}: no such folder")

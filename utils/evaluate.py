@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import TypeVar
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,35 @@ from torch.utils.data import DataLoader, Subset
 
 from quant import check_calibrated, fuse_activations
 from quant.quantizers import fake_quantize_
-from utils.data import UNREADABLE
+from utils.cache import validation_loader
+from utils.data import UNREADABLE, Images
 from utils.loader import image_loader
+from utils.neighbours import compare_embeddings, neighbour_accuracy
+from utils.outputs import CPU_BATCH, halved, in_parts, outputs_of
 from utils.run.compilation import compiled
 from utils.run.distributed import gather
-from utils.run.errors import InputError
-from utils.run.memory import attempt, is_out_of_memory
+from utils.run.memory import is_out_of_memory
 from utils.run.progress import note, progress_bar
 
-T = TypeVar("T")
-CPU_BATCH = 32  # images a forward pass on a CPU: more are slower, as what lies between two layers leaves its caches
+
+def measure(
+    models: dict[str, nn.Module],
+    data: dict[str, Images],
+    batch_size: int,
+    workers: int,
+    cache: Path | None = None,
+    report_every: int = 100,
+) -> dict[str, float | int | list]:
+    """Accuracy of the models on the images of val, which the processes of a torchrun share.
+
+    Without a classifier it is that of the nearest neighbours in train. For the arguments see `evaluate`, and
+    utils.cache.validation_loader.
+    """
+    loader = partial(validation_loader, batch_size=batch_size, workers=workers)
+    val = loader(data["val"], cache=cache)
+    if next(iter(models.values())).num_classes:
+        return evaluate(models, val, report_every)
+    return neighbour_accuracy(models, loader(data["train"]), val)
 
 
 @torch.inference_mode()
@@ -82,23 +101,6 @@ def evaluate(
     return results
 
 
-def in_parts(function: Callable[..., T], size: int, *tensors: Tensor) -> tuple[list[T], int]:
-    """What `function` returns for `size` rows of the tensors at a time, or for fewer where the memory does not suffice.
-
-    Returns:
-        The results, in order, and the size that sufficed.
-    """
-    results, done = [], 0
-    while done < len(tensors[0]):
-        result = attempt(partial(function, *(tensor[done : done + size] for tensor in tensors)))
-        if result is None:
-            size = _half(min(size, len(tensors[0]) - done))
-            continue
-        results.append(result)
-        done += size
-    return results, size
-
-
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the first, and how many among the first five, predictions: (2,) integers.
 
@@ -116,6 +118,7 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     """Without labels: how far the quantized model's logits are from the float model's on `images` (B, 3, H, W).
 
     Returns:
+        Of models without a classifier what `compare_embeddings` does; else
         agreement: percent of images with the same first prediction, ties as in `count_correct`; logit_error: RMS of
         the difference over the RMS of the float logits' deviation from their mean.
 
@@ -123,22 +126,13 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
         RuntimeError: `quantized` is not calibrated.
         InputError: there is not the memory for one image.
     """
+    if not float_model.num_classes:
+        return compare_embeddings(float_model, quantized, images)
     reference, logits = outputs_of(float_model, quantized, images)
     agreement = (reference.argmax(1) == logits.argmax(1)).float().mean() * 100
     spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
-
-
-@torch.inference_mode()
-def outputs_of(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs of both models for `images` (B, 3, H, W), which are as many at a time as there is memory for."""
-    check_calibrated(quantized)
-    device = next(float_model.parameters()).device
-    models = [float_model.eval(), quantized.eval()]
-    parts, _ = in_parts(lambda batch: [model(batch.to(device)) for model in models], CPU_BATCH, images)
-    reference, outputs = map(torch.cat, zip(*parts, strict=True))
-    return reference, outputs
 
 
 def fuse_rounding(model: nn.Module) -> None:
@@ -172,13 +166,7 @@ def _batches(images: DataLoader) -> Iterator[list[Tensor]]:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        note(f"out of memory loading {size} images a batch; going on with {_half(size)}")
-        size = _half(size)
+        note(f"out of memory loading {size} images a batch; going on with {halved(size)}")
+        size = halved(size)
         rest = Subset(dataset, range(seen, len(dataset)))
         images = image_loader(rest, size, images.num_workers, images.pin_memory)
-
-
-def _half(size: int) -> int:
-    if size == 1:
-        raise InputError("out of memory with one image a batch; expected more memory, or a smaller model")
-    return size // 2

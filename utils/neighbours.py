@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from quant import check_calibrated
 from utils.data import UNREADABLE
-from utils.evaluate import CPU_BATCH, in_parts, outputs_of
+from utils.outputs import CPU_BATCH, in_parts, outputs_of
 from utils.run.distributed import gather
 from utils.run.progress import progress_bar
 

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import CIFAR10, Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.data import CLASS_MAP
+from utils.data import CLASS_MAP, check_dataset
 from utils.fractals import write_demo_data
 from utils.run.errors import InputError
 from utils.run.files import new_folder
@@ -57,14 +57,16 @@ PHOTOGRAPHS = {
 }
 
 
-def find_dataset(given: Path | str, archive: Path | None = None) -> Path:
+def find_dataset(given: Path | str, archive: Path | None = None, splits: Sequence[str] = ("val",)) -> Path:
     """The root that --dataset names: a folder where there is one, else a data set by name, which goes into data/.
 
     Args:
         given: a path; or as text a name for certain, whatever folders there are: demo, cifar10, imagenette.
+        archive: see `prepare_dataset`.
+        splits: folders that are to be there.
 
     Raises:
-        InputError: as `prepare_dataset`; or an archive for what needs none.
+        InputError: as `prepare_dataset` and `check_dataset`; or an archive for what needs none.
     """
     by_name = isinstance(given, str) or not given.is_dir()
     if by_name and str(given) in PHOTOGRAPHS:
@@ -74,7 +76,9 @@ def find_dataset(given: Path | str, archive: Path | None = None) -> Path:
             f"--dataset-archive: goes with --dataset {' or '.join(PHOTOGRAPHS)}; got --dataset {given}"
             + ("" if by_name else ", a folder here")
         )
-    return write_demo_data(DATA / DEMO) if by_name and str(given) == DEMO else Path(given)
+    root = write_demo_data(DATA / DEMO) if by_name and str(given) == DEMO else Path(given)
+    check_dataset(root, splits)
+    return root
 
 
 def prepare_dataset(name: str, root: Path, archive: Path | None = None) -> Path:

@@ -85,12 +85,12 @@ def headline(options: argparse.Namespace, tag: str, device: torch.device) -> str
     return ", ".join([f"{tag}: W{options.w_bit}/A{options.a_bit}", *how, f"{MODES[options.mode]} images", where])
 
 
-def report(results: dict) -> str:
+def describe(results: dict) -> str:
     """The results as a person reads them."""
     seconds = results["seconds"]
     times = f"images {seconds['images']:.1f} s, calibration {seconds['calibrate']:.1f} s"
     if "cosine" in results:
-        return f"{report_embeddings(results)}\n{times}"
+        return f"{_describe_embeddings(results)}\n{times}"
     if results["top1"] is None:
         return (
             f"accuracy was not measured: no --dataset\n"
@@ -107,7 +107,7 @@ def report(results: dict) -> str:
     return f"{table}\n{results['n']} images in {seconds['evaluate']:.1f} s; {times}{skipped}"
 
 
-def report_embeddings(results: dict) -> str:
+def _describe_embeddings(results: dict) -> str:
     """The results of a model without a classifier."""
     rows, where = [], f"on {HELD_OUT} held-out generated images"
     if "quantized_knn" in results:
@@ -118,7 +118,7 @@ def report_embeddings(results: dict) -> str:
     return "\n".join([*rows, f"float and quantized embeddings {where}: {cosines}"])
 
 
-def report_saved(results: dict, file: Path) -> str:
+def describe_saved(results: dict, file: Path) -> str:
     """The results of a model from a file, as a person reads them."""
     accuracy = (
         f"k-NN {results['quantized_knn']:.2f} %"
