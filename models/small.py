@@ -48,6 +48,6 @@ def cifar_swin(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> S
     )
 
 
-SMALL_MODELS = {"demo_vit": demo_vit, "demo_swin": demo_swin, "cifar_swin": cifar_swin}
+SMALL_MODELS = {"demo_vit": demo_vit, "demo_swin": demo_swin, "cifar_vit": cifar_vit, "cifar_swin": cifar_swin}
 # By name of utils.photographs.find_dataset: what each was trained on, and is evaluated on unless told otherwise
-DATASETS = {"demo_vit": "demo", "demo_swin": "demo", "cifar_swin": "cifar10"}
+DATASETS = {"demo_vit": "demo", "demo_swin": "demo", "cifar_vit": "cifar10", "cifar_swin": "cifar10"}

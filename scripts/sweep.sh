@@ -2,7 +2,7 @@
 # Run test_quant.py over models, seeds, modes and bit widths, and keep one row a run.
 #
 #   scripts/sweep.sh demo                          the README's demo table: no data set, no GPU
-#   scripts/sweep.sh cifar                         photographs: CIFAR-10, and the model that is trained on it
+#   scripts/sweep.sh cifar                         photographs: CIFAR-10, and the models that are trained on it
 #   scripts/sweep.sh precision                     the same, generated as a GPU does it: bfloat16 products, compiled
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table
 #
@@ -21,7 +21,7 @@ demo)
     SEEDS=${SEEDS:-0 1 2}
     ;;
 cifar)
-    MODELS=${MODELS:-cifar_swin}
+    MODELS=${MODELS:-cifar_vit cifar_swin}
     BITS=${BITS:-8/8 4/8 6/6 4/4}
     SEEDS=${SEEDS:-0 1 2}
     ;;

@@ -126,8 +126,8 @@ def add_model(group: argparse._ActionsContainer) -> None:
         "--model",
         default="deit_tiny",
         metavar="NAME",
-        help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, cifar_swin, which "
-        "come with the project; any other vision transformer by its timm name; local-dir:FOLDER or "
+        help="deit_tiny, deit_small, deit_base, swin_tiny, swin_small; demo_vit, demo_swin, cifar_vit, "
+        "cifar_swin, which come with the project; any other vision transformer by its timm name; local-dir:FOLDER or "
         "hf-hub:OWNER/NAME, as timm or transformers wrote it (deit_tiny)",
     )
 
