@@ -24,6 +24,7 @@ cifar)
     MODELS=${MODELS:-cifar_vit cifar_swin}
     BITS=${BITS:-8/8 4/8 6/6 4/4}
     SEEDS=${SEEDS:-0 1 2}
+    OPTIONS="--limit 2000 ${OPTIONS:-}" # as many as of the fractals
     ;;
 precision)
     MODELS=${MODELS:-demo_vit demo_swin}
