@@ -34,16 +34,18 @@ PUBLISHED = {
 }
 
 
-def small_table(models: Sequence[str], rows: list[dict[str, str]]) -> str:
-    """Small models: top-1 by bit width and kind of calibration images."""
+def small_table(models: Sequence[str], rows: list[dict[str, str]], changes: bool = False) -> str:
+    """Small models: top-1 by bit width and kind of calibration images; or its change, if float differs by the seed."""
+    if changes:
+        rows = [row | {"top1": row["top1"] and float(row["top1"]) - float(row["float_top1"])} for row in rows]
     lines = ["| model (float top-1) | bits | noise | real | generated |", "|---|---|---|---|---|"]
     for model in models:
         for w_bit, a_bit in (("8", "8"), ("4", "8"), ("6", "6"), ("4", "4")):
             cells = [cell(rows, model, w_bit, a_bit, mode) for mode in MODES.values()]
             floats = {row["float_top1"] for row in rows if row["model"] == model and row["float_top1"]}
-            name = f"{model} ({float(min(floats)):.2f})" if floats else model
+            name = f"{model} ({spread([float(value) for value in sorted(floats)])})" if floats else model
             lines.append(f"| {name} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", provenance(rows)])
+    return "\n".join([*lines, "", provenance(rows, "Change of top-1 in points" if changes else "Top-1 in percent")])
 
 
 def precision_table(rows: list[dict[str, str]]) -> str:
@@ -200,14 +202,14 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def provenance(rows: list[dict[str, str]]) -> str:
-    """What the numbers rest on, in one sentence."""
+def provenance(rows: list[dict[str, str]], what: str = "Top-1 in percent") -> str:
+    """What the numbers are, and what they rest on, in one sentence."""
     rows = [row for row in rows if not row["error"]]
     if not rows:
         return "Ours: not run yet."
     seeds, n = len({row["seed"] for row in rows}), _all_of(rows, "n")
     return (
-        f"Top-1 in percent on {n} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
+        f"{what} on {n} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
         f"{_all_of(rows, 'calibration_images')} calibration images, 2 x {_all_of(rows, 'steps')} steps; "
         f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
     )
@@ -233,7 +235,7 @@ def main() -> None:
 # By the name of their rows: what makes the table, the page that has it, and what reads the rows
 TABLES = {
     "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
-    "cifar": (partial(small_table, ("cifar_vit", "cifar_swin")), "docs/results.md", read_rows),
+    "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
     "paper": (paper_table, "docs/results.md", read_rows),
     "recipes": (recipes_table, "docs/recipes.md", read_csv),
