@@ -1,16 +1,18 @@
 """Swap, calibrate, freeze: a float timm model becomes a quantized one, in place."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from quant import modules
 from quant.balance import balance
-from quant.correction import correct_biases, output_means
+from quant.contrast import stretch
 from quant.families import SWAPS, check_supported, untouched
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
@@ -42,12 +44,9 @@ def quantize_model(
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
     swap_layers(model, recipe)
     if (recipe.balance or recipe.rotate) and (reason := obstacle(model)):
-        model.notes = [*getattr(model, "notes", []), f"neither balanced nor rotated: {reason}"]
-    else:
-        if recipe.balance:
-            balance(model)
-        if recipe.rotate:
-            rotate(model)
+        note(model, f"neither balanced nor rotated: {reason}")
+    elif recipe.balance:
+        balance(model)
     place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit))
     names = list(quantizer_bits(model))
     for pattern in skip:
@@ -121,7 +120,7 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
     Args:
         model: from `quantize_model`, not calibrated before.
         images: (B, 3, H, W), normalised, on the CPU or on the model's device.
-        batch_size: images a forward pass; ranges do not depend on it. Bias correction takes all at once.
+        batch_size: images a forward pass; ranges do not depend on it.
 
     Raises:
         RuntimeError: the model was not swapped, or is calibrated already.
@@ -132,9 +131,14 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
     if not len(images):
         raise ValueError("calibrate expects at least one image")
     device, recipe = next(model.parameters()).device, model.recipe
+    if recipe.stretch:
+        config = resolve_model_data_config(model)
+        images = stretch(images, config["mean"], config["std"])
+    if recipe.rotate and not obstacle(model):
+        choose_rotation(model, images, batch_size)
 
-    def run(size: int = batch_size) -> None:
-        for batch in images.split(size):
+    def run() -> None:
+        for batch in images.split(batch_size):
             model(batch.to(device))
 
     with observing(model):
@@ -143,8 +147,6 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
     layers = dict(modules.quantized_weights(model))
-    if recipe.correct_biases:
-        means = output_means(layers, partial(run, len(images)))
     if recipe.search_ranges:
         search_ranges(model, run)
     for _, act in modules.named_activations(model):
@@ -152,9 +154,35 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
     moments = input_moments(layers, run) if recipe.compensate else {}
     for name, layer in layers.items():
         layer.freeze(moments.get(name))
-    if recipe.correct_biases:
-        correct_biases(layers, means, partial(run, len(images)))
     return model
+
+
+def choose_rotation(model: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Rotate a swapped model in place, if its quantized logits are then nearer to the float ones on the images.
+
+    The trials round weights to the nearest: compensation fits these very images, and would judge itself.
+    """
+
+    def logits(model: nn.Module) -> Tensor:
+        return torch.cat([model(batch.to(next(model.parameters()).device)) for batch in images.split(batch_size)])
+
+    expected, errors = logits(model), []
+    for prepare in (lambda trial: None, rotate):
+        trial = copy.deepcopy(model)
+        trial.recipe = replace(model.recipe, stretch=False, rotate=False, compensate=False)
+        prepare(trial)
+        calibrate(trial, images, batch_size)
+        errors.append((logits(trial) - expected).square().mean().item())
+    before, after = errors
+    if after < before:
+        rotate(model)
+    done = "rotated" if after < before else "not rotated"
+    note(model, f"{done}: squared error of the logits {after:.3g} with rotation, {before:.3g} without")
+
+
+def note(model: nn.Module, text: str) -> None:
+    """Keep a sentence on what was done to a model, for the report."""
+    model.notes = [*getattr(model, "notes", []), text]
 
 
 @contextmanager

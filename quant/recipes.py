@@ -19,11 +19,11 @@ class Recipe:
     points: tuple[str, ...]  # activations that are quantized
     edges: tuple[str, ...] = ()  # activations and weights that have 8 bits at least
     symmetric: bool = False  # activations without zero points
+    stretch: bool = False  # quant/contrast.py: the images, before anything is calibrated on them
     balance: bool = False  # quant/balance.py, before anything is quantized
-    rotate: bool = False  # quant/rotation.py, after it
+    rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
-    correct_biases: bool = False  # quant/correction.py, last
 
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
@@ -68,11 +68,11 @@ BEST = Recipe(
         *("attn_pool.act_tokens_input", "attn_pool.act_latent", "attn_pool.norm.act_output"),
     ),
     edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
+    stretch=True,
     balance=True,
     rotate=True,
     search_ranges=True,
     compensate=True,
-    correct_biases=True,
 )
 # The placement alone: what the techniques are measured against.
 INPUTS = Recipe("inputs", BEST.points, BEST.edges)
