@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rescaling import rescale
 
 from models.saved import load_quantized, save_quantized
 from models.zoo import build_model
@@ -30,6 +31,19 @@ def test_inputs_of_products_are_all_that_is_placed_in_a_swin(swin):
     expected = {f"{prefix}.{name}" for prefix in blocks for name in BLOCK.split()}
     expected |= {"act_input", "layers.1.downsample.norm.act_output", "act_pooled"}
     assert set(activation_ranges(calibrate(quantize_model(swin, recipe=INPUTS), IMAGES))) == expected
+
+
+@pytest.mark.parametrize("helps", [True, False])
+@torch.no_grad()
+def test_a_model_is_rotated_where_that_brings_the_logits_nearer(monkeypatch, helps):
+    plain, outliers = build_model("demo_vit"), rescale(build_model("demo_vit"))
+    model, rotated = (outliers, plain) if helps else (plain, outliers)
+    gain, weights = plain.blocks[0].norm1.weight.clone(), copy.deepcopy(rotated.state_dict())
+    monkeypatch.setattr("quant.convert.rotate", lambda model: model.load_state_dict(weights))
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    calibrate(quantize_model(model, 4, 6, recipe=replace(INPUTS, rotate=True)), images)
+    assert torch.equal(model.blocks[0].norm1.weight, gain)
+    assert model.notes[-1].startswith("rotated" if helps else "not rotated")
 
 
 def test_the_paper_is_the_default(model):

@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 from rescaling import rescale
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models.zoo import build_model
 from quant import calibrate, quantize_model
 from quant.balance import balance
+from quant.contrast import stretch
 from quant.recipes import BEST, INPUTS, PAPER
 
-IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3) / 20  # smooth
+SMOOTH = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3)
+IMAGES = stretch(SMOOTH, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # within the range of pixels
 
 
 def error(model, logits, recipe):
