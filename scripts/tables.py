@@ -98,7 +98,23 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
         about = f"{last['n']} images, {seeds} seed{'s' * (seeds > 1)}, {last['calibration_images']} generated images"
         about += f"; {last['device']}, torch {last['torch']}, timm {last['timm']}."
         tables.append("\n".join([*lines, "", about]))
-    return "\n\n".join(tables)
+    return "\n\n".join([kept_table(rows), *tables])
+
+
+def kept_table(rows: list[dict[str, str]]) -> str:
+    """How many percent of the float model's top-1 the recipes keep, that users can choose, mean over the seeds."""
+    bits = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in rows))
+    lines = ["| percent of float top-1 | seeds |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)]
+    lines.append("|---" * (len(bits) + 2) + "|")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for recipe in ("paper", "best", "paper symmetric", "best symmetric"):
+            some = [row for row in rows if (row["model"], row["recipe"]) == (model, recipe)]
+            kept = [[100 * float(row["top1"]) / float(row["float_top1"]) for row in some
+                     if (row["w_bit"], row["a_bit"]) == pair] for pair in bits]  # fmt: skip
+            if some:
+                cells = "".join(f" {spread(values) if values else '-'} |" for values in kept)
+                lines.append(f"| {model}, {recipe} | {len({row['seed'] for row in some})} |{cells}")
+    return "\n".join(lines)
 
 
 def recipe_cell(rows: list[dict[str, str]]) -> str:
