@@ -87,7 +87,7 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
     tables = []
     for model in dict.fromkeys(row["model"] for row in rows):
         some = [row for row in rows if row["model"] == model]
-        bits = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in some))
+        bits = bit_widths(some)
         floats = float(some[0]["float_top1"])
         lines = [f"| {model} ({floats:.2f}) |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)]
         lines.append("|---" * (len(bits) + 1) + "|")
@@ -103,7 +103,7 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
 
 def kept_table(rows: list[dict[str, str]]) -> str:
     """How many percent of the float model's top-1 the recipes keep, that users can choose, mean over the seeds."""
-    bits = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in rows))
+    bits = bit_widths(rows)
     lines = ["| percent of float top-1 | seeds |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)]
     lines.append("|---" * (len(bits) + 2) + "|")
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -115,6 +115,12 @@ def kept_table(rows: list[dict[str, str]]) -> str:
                 cells = "".join(f" {spread(values) if values else '-'} |" for values in kept)
                 lines.append(f"| {model}, {recipe} | {len({row['seed'] for row in some})} |{cells}")
     return "\n".join(lines)
+
+
+def bit_widths(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Of weights and activations, the most bits first."""
+    found = {(row["w_bit"], row["a_bit"]) for row in rows}
+    return sorted(found, key=lambda bits: (-int(bits[0]) - int(bits[1]), int(bits[0])))
 
 
 def recipe_cell(rows: list[dict[str, str]]) -> str:
