@@ -203,11 +203,11 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
-    """What the command line asks for, or else what is fast on the device."""
+def generation_settings(options: argparse.Namespace, device: torch.device, model: nn.Module) -> GenerationSettings:
+    """What the command line asks for, or else what is fast for the model on the device."""
     return GenerationSettings(
         steps=options.steps,
-        precision=options.precision or default_precision(device),
+        precision=options.precision or default_precision(device, model),
         compile=device.type == "cuda" if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
@@ -227,7 +227,7 @@ def run(options: argparse.Namespace) -> None:
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         for line in model_notes(model):
             by_first(print)(line)
-        settings = generation_settings(options, device)
+        settings = generation_settings(options, device, model)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
 
