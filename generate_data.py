@@ -10,6 +10,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
-from utils.attention import attention_outputs, frozen, where_not_finite
+from utils.attention import attention_by_products, attention_outputs, frozen, where_not_finite
 from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
@@ -100,6 +101,7 @@ def generate_data(
     with (
         frozen(model, settings.checkpoint_activations),
         float32_products(tf32=settings.precision == "tf32"),
+        model_attention(model, settings.precision),
         attention_outputs(model) as outputs,  # once: other hooks would be compiled anew
         stop_requests() as stop,
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
@@ -131,6 +133,12 @@ def generate_data(
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
     return torch.cat([finished[index][0] for index in sorted(finished)])
+
+
+def model_attention(model: nn.Module, precision: str) -> AbstractContextManager[None]:
+    """The context for the model's attention. In bfloat16 a CPU's fused one has a backward pass that is slow."""
+    slow = precision == "bf16" and next(model.parameters()).device.type == "cpu"
+    return attention_by_products(model) if slow else nullcontext()
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -195,11 +203,11 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def generation_settings(options: argparse.Namespace, device: torch.device) -> GenerationSettings:
-    """What the command line asks for, or else what is fast on the device."""
+def generation_settings(options: argparse.Namespace, device: torch.device, model: nn.Module) -> GenerationSettings:
+    """What the command line asks for, or else what is fast for the model on the device."""
     return GenerationSettings(
         steps=options.steps,
-        precision=options.precision or default_precision(device),
+        precision=options.precision or default_precision(device, model),
         compile=device.type == "cuda" if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
@@ -219,7 +227,7 @@ def run(options: argparse.Namespace) -> None:
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         for line in model_notes(model):
             by_first(print)(line)
-        settings = generation_settings(options, device)
+        settings = generation_settings(options, device, model)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
 

@@ -54,10 +54,11 @@ def quantize_and_evaluate(
     options: argparse.Namespace, device: torch.device, dataset: Path | None, record: Record
 ) -> dict:
     """The method, with options that are checked; returns what results.json holds."""
-    settings, losses, tag = generation_settings(options, device), [], model_tag(options.model)
+    losses, tag = [], model_tag(options.model)
     loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
     with record.stage("build", in_turn=True):
         model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
+        settings = generation_settings(options, device, model)
         trained = options.mode == 2 or (options.plots and dataset and (dataset / "train").is_dir())
         data = open_splits(options, dataset, model, trained)
     with record.stage("quantize", in_turn=True):
@@ -99,7 +100,7 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     if not dataset:
         return header
     with record.stage("evaluate"), float32_products():
-        if generation_settings(options, device).compile:
+        if generation_settings(options, device, model).compile:
             fuse_rounding(model.to(device))
         loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
         measured = measure({"quantized": model.to(device)}, data, *loading)

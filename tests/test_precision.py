@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from generate_data import GenerationSettings, generate_data
-from utils.run.precision import PRECISIONS, float32_products, model_products
+from models import build_model
+from utils.run.precision import LARGE, PRECISIONS, default_precision, float32_products, model_products
 
 
 def flags():
@@ -50,3 +51,36 @@ def test_images_are_finite_and_losses_float32_in_every_precision(model, monkeypa
     assert torch.equal(terms["fp32"], terms["tf32"])
     assert not torch.equal(terms["fp32"][0], terms["bf16"][0])
     torch.testing.assert_close(terms["bf16"][0], terms["fp32"][0], rtol=0.05, atol=0.05)
+
+
+class Sized(torch.nn.Module):
+    """A model of so many parameters, which take no memory."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "size", "expected"),
+    [
+        ({"avx512_bf16": True}, LARGE, "bf16"),
+        ({"amx_bf16": True}, LARGE, "bf16"),
+        ({"avx512_bf16": True}, LARGE - 1, "fp32"),
+        ({"avx512_bf16": False, "avx512_f": True}, LARGE, "fp32"),
+        ({}, LARGE, "fp32"),
+    ],
+)
+def test_a_cpu_computes_large_models_in_bf16_where_it_has_it(monkeypatch, capabilities, size, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert default_precision(torch.device("cpu"), Sized(size)) == expected
+
+
+def test_a_torch_that_does_not_tell_computes_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert default_precision(torch.device("cpu"), Sized(LARGE)) == "fp32"
+
+
+@pytest.mark.parametrize("name", ["demo_vit", "demo_swin", "cifar_vit", "cifar_swin"])
+def test_the_small_models_stay_float32_on_every_cpu(name):
+    assert default_precision(torch.device("cpu"), build_model(name, pretrained=False)) == "fp32"

@@ -140,11 +140,15 @@ def test_benchmark_writes_what_it_prints(tmp_path):
     command = [sys.executable, "scripts/benchmark.py", *line, "--device", "cpu", "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
-    expected = {"model", "device", "batch", "bare_ms", "step_ms", "transcription_ms", "step_over_bare", "speedup"}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    expected = {"model", "device", "batch", "bare_ms", "step_ms", "transcription_ms", "step_over_float32"}
+    expected |= {"step_over_bare", "speedup"}
     expected |= {"peak_mb", "bare_peak_mb", "float_images_per_s", "quant_images_per_s", "threads", "versions"}
-    assert expected <= row.keys() and all(row[key] for key in expected)
-    assert f"{row['step_ms']:.2f}" in done.stdout and row["generation_warm_s"] > 0
+    for row in rows:
+        assert expected <= row.keys() and all(row[key] for key in expected)
+        assert f"{row['step_ms']:.2f}" in done.stdout and row["generation_warm_s"] > 0
+    assert rows[0]["step_over_float32"] == rows[0]["step_over_bare"]
 
 
 @pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])

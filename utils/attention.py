@@ -67,6 +67,20 @@ def where_not_finite(model: nn.Module, images: Tensor) -> str:
 
 
 @contextmanager
+def attention_by_products(model: nn.Module) -> Iterator[None]:
+    """Within the context attention is computed as two matrix products and a softmax, not as one fused operator."""
+    layers = [module for module in model.modules() if isinstance(module, ATTENTION)]
+    fused = [layer for layer in layers if getattr(layer, "fused_attn", False)]  # Swin V2 has no other way
+    try:
+        for layer in fused:
+            layer.fused_attn = False
+        yield
+    finally:
+        for layer in fused:
+            layer.fused_attn = True
+
+
+@contextmanager
 def frozen(model: nn.Module, checkpoint_activations: bool = False) -> Iterator[None]:
     """Within the context the model is in evaluation mode and no parameter asks for a gradient."""
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
