@@ -4,6 +4,7 @@ python scripts/tables.py [--check]
 """
 
 import csv
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.benchmark import GOALS
 from scripts.rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,35 @@ def paper_table(rows: list[dict[str, str]]) -> str:
             f"| {difference} |"
         )
     return "\n".join([*lines, "", provenance(rows)])
+
+
+def benchmark_table(rows: list[dict]) -> str:
+    """What a step of generation takes in each precision, and evaluation, from what scripts/benchmark.py has written."""
+    lines = ["| model | precision | bare ms | step ms | step / float32 bare | goal | step / bare | naive ms | bare MB "]
+    lines[0] += "| step MB |"
+    lines.append("|---" * 10 + "|")
+    for row in rows:
+        goal = f"{GOALS[row['model']]:.2f}" if row["precision"] == "bf16" and row["model"] in GOALS else ""
+        naive = f"{row['transcription_ms']:.0f}" if row["transcription_ms"] else ""
+        lines.append(
+            f"| {row['model']} | {row['precision']} | {row['bare_ms']:.0f} | {row['step_ms']:.0f} "
+            f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} | {naive} "
+            f"| {row['bare_peak_mb']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    lines += [
+        "",
+        "| model | float images/s | quantized images/s | 50,000 images by both, from these rates |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["precision"] == "fp32":
+            rates = row["float_images_per_s"], row["quant_images_per_s"]
+            minutes = sum(50000 / rate for rate in rates) / 60
+            lines.append(f"| {row['model']} | {rates[0]:.1f} | {rates[1]:.1f} | {minutes:.0f} min |")
+    about, packages = rows[0], rows[0]["versions"]
+    where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
+    lines += ["", f"Batch {about['batch']}, {about['mode']}; {where}."]
+    return "\n".join(lines)
 
 
 def recipes_table(rows: list[dict[str, str]]) -> str:
@@ -204,6 +235,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
+def read_json(path: Path) -> list[dict]:
+    """The rows of scripts/benchmark.py, which are beside the CSV files."""
+    return json.loads(path.with_suffix(".json").read_text())
+
+
 def values(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> list[float]:
     """Top-1 of every seed of one cell."""
     wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "mode": mode, "error": ""}
@@ -259,6 +295,7 @@ TABLES = {
     "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
     "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
+    "benchmark": (benchmark_table, "docs/results.md", read_json),
     "paper": (paper_table, "docs/results.md", read_rows),
     "recipes": (recipes_table, "docs/recipes.md", read_csv),
     "toolkits": (toolkits_table, "docs/toolkits.md", read_csv),

@@ -175,7 +175,8 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="generate, and round activations, with torch.compile, which takes a minute or two (on cuda; not on a cpu)",
+        help="generate, and round activations, with torch.compile: minutes that pay on GPUs, where small kernels "
+        "wait for their launch, and gained nothing on a cpu (on cuda; not on a cpu)",
     )
     add(
         "--checkpoint-activations",
