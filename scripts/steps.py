@@ -10,11 +10,13 @@ them. The second command draws the rows, and measures nothing.
 """
 
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
@@ -26,11 +28,13 @@ from models import DATASETS, build_model, evaluation_transform, normalization
 from quant import calibrate, quantize_model
 from scripts.accuracy import ORIGIN, decoded, measure, origin, predict
 from scripts.rows import append_row
-from scripts.tables import read_csv
+from scripts.tables import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, read_csv, setting_top1
 from utils.data import validation_images
 from utils.images import load_images, save_images
 from utils.photographs import find_dataset
-from utils.run.errors import exit_cleanly
+from utils.plots import COLOURS, MUTED, require_matplotlib
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import replacing
 from utils.run.options import DEVICE_HELP, Parser, natural, pick_device, positive
 from utils.run.precision import float32_products
 
@@ -93,7 +97,54 @@ def measure_seed(subject: Subject, folder: Path, seed: int, done: set[tuple[str,
             with float32_products():
                 quantized = subject.quantized(images[:number], row["w_bit"], row["a_bit"])
                 row |= measure(quantized, subject.expected, *subject.val)
-            yield row | {"images_s": "" if seconds is None else round(seconds * number, 1)}
+            yield row | {"images_s": "" if seconds is None else round(seconds * number, 2)}
+
+
+def plot(path: Path, rows: list[dict[str, str]]) -> None:
+    """Draw top-1 against steps, and below against images, a column a model."""
+    plt = require_matplotlib()
+    names = [name for name in DATASETS if any(row["model"] == name for row in rows)]
+    size = {"figsize": (3 * len(names), 5), "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(names), sharey="col", squeeze=False, **size)
+    panels = (BY_STEPS, "steps a round, 32 images"), (BY_NUMBER, "images, 2 x 100 steps")
+    for line, (settings, label) in zip(axes, panels, strict=True):
+        line[0].set(ylabel="top-1 (%)")
+        for axis, name in zip(line, names, strict=True):
+            axis.set(xlabel=label)
+            draw_settings(axis, [row for row in rows if row["model"] == name], settings)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set(title=name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    with replacing(path) as draft:
+        figure.savefig(draft)
+    plt.close(figure)
+
+
+def draw_settings(axis: Any, rows: list[dict[str, str]], settings: tuple[tuple[int, int], ...]) -> None:
+    """Top-1 of one model's rows, mean and standard deviation over the seeds, against the steps or images that vary.
+
+    A band is the published setting's mean and deviation, the dashed line the float model's accuracy.
+    """
+    varied = 0 if len({steps for steps, _ in settings}) > 1 else 1
+    axis.axhline(float(rows[0]["float_top1"]), color=MUTED, linestyle="--", linewidth=0.8)
+    for bits, colour in zip(BITS, (COLOURS["generated"], COLOURS["real"]), strict=True):
+        top1 = {setting: setting_top1(rows, bits, setting) for setting in (*settings, PUBLISHED_SETTING)}
+        points = {setting[varied]: mean_and_deviation(top1[setting]) for setting in settings if top1[setting]}
+        means, deviations = ([point[index] for point in points.values()] for index in (0, 1))
+        about = {"label": f"W{bits[0]}/A{bits[1]}", "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
+        axis.errorbar(list(points), means, deviations, color=colour, **about)
+        if top1[PUBLISHED_SETTING]:
+            mean, deviation = mean_and_deviation(top1[PUBLISHED_SETTING])
+            axis.axhspan(mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+    axis.set(xscale="log")
+    numbers = [setting[varied] for setting in settings]
+    axis.set_xticks(numbers, numbers)
+    axis.minorticks_off()
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """The deviation of one value is 0."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def main() -> None:
@@ -106,7 +157,13 @@ def main() -> None:
     add("--device", metavar="NAME", help=DEVICE_HELP)
     add("--images-folder", type=Path, default=IMAGES, metavar="DIR", help="generated images (runs/steps)")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/steps.csv)")
+    add("--plot", type=Path, metavar="FILE", help="draw the rows into a .png file, and measure nothing")
     options = parser.parse_args()
+    if options.plot:
+        if not (rows := read_csv(options.rows)):
+            raise InputError(f"--rows {options.rows}: expected rows to draw; found none")
+        plot(options.plot, rows)
+        return
     about = origin(pick_device(options.device))
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     subjects = [Subject(name, options.device, options.limit) for name in options.model]
