@@ -8,29 +8,28 @@ Nothing is chosen here: a recipe's settings are those of quant/recipes.py whatev
 """
 
 import copy
-import csv
 import sys
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils.run.environment  # isort: skip
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
-import torch
 from torch import Tensor, nn
 
 from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER, Recipe
+from scripts.accuracy import ORIGIN, decoded, measure, origin, parse_bits, predict
+from scripts.rows import append_row
 from scripts.tables import read_csv
 from utils.data import validation_images
 from utils.images import load_images
-from utils.options import add_checkpoint, add_model, bit_width
-from utils.run.errors import InputError, exit_cleanly
+from utils.options import add_checkpoint, add_model
+from utils.run.errors import exit_cleanly
 from utils.run.options import DEVICE_HELP, Parser, natural, pick_device, positive
 from utils.run.precision import float32_products
 from utils.run.progress import progress_bar
@@ -38,7 +37,7 @@ from utils.run.progress import progress_bar
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
 TECHNIQUES = ("search_ranges", "stretch", "balance", "rotate", "compensate")
 COLUMNS = ("model", "w_bit", "a_bit", "recipe", "seed", "n", "top1", "float_top1", "agreement", "calibrate_s")
-COLUMNS = (*COLUMNS, "calibration_images", "device", "torch", "timm", "commit", "date")
+COLUMNS = (*COLUMNS, "calibration_images", *ORIGIN)
 
 
 def variants() -> dict[str, Recipe]:
@@ -50,30 +49,6 @@ def variants() -> dict[str, Recipe]:
     recipes["best"] = BEST  # with the last of them
     recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in TECHNIQUES[:-1]}
     return recipes | {f"{recipe.name} symmetric": replace(recipe, symmetric=True) for recipe in (PAPER, BEST)}
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
-    """The first prediction for each of `images` (B, 3, H, W), ties broken as utils.evaluate does: (B,)."""
-    device = next(model.parameters()).device
-    return torch.cat([model(batch.to(device)).topk(1).indices[:, 0].cpu() for batch in images.split(batch_size)])
-
-
-def measure(quantized: nn.Module, expected: Tensor, images: Tensor, labels: Tensor) -> dict:
-    """Accuracy of a quantized model, and how often it predicts what the float one does, `expected` (B,)."""
-    predicted = predict(quantized, images)
-    percent = {"top1": predicted == labels, "float_top1": expected == labels, "agreement": predicted == expected}
-    return {"n": len(labels)} | {name: round(100 * hits.float().mean().item(), 3) for name, hits in percent.items()}
-
-
-def append_row(path: Path, row: dict) -> None:
-    """Append one row, the first after the names of the columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def ablate(
@@ -109,18 +84,12 @@ def main() -> None:
     model = build_model(options.model, options.checkpoint).to(device)
     calibration = load_images(options.images, model.patch_embed.img_size)["images"]
     data = validation_images(options.dataset, evaluation_transform(model), model.num_classes, None, options.limit)
-    items = [data[index] for index in range(len(data))]
-    val = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
-    versions = utils.run.environment.versions()
+    val = decoded(data)
     about = {
         "model": options.model,
         "seed": options.seed,
         "calibration_images": len(calibration),
-        "device": utils.run.environment.device_name(device),
-        "torch": versions["torch"],
-        "timm": versions["timm"],
-        "commit": utils.run.environment.commit(),
-    }
+    } | origin(device)
     done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_csv(options.rows)}
     for text in options.bits:
         w_bit, a_bit = parse_bits(text)
@@ -129,17 +98,8 @@ def main() -> None:
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                append_row(options.rows, about | row | {"date": date})
+                append_row(options.rows, about | row | {"date": date}, COLUMNS)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-
-
-def parse_bits(text: str) -> tuple[int, int]:
-    """4/8 is 4 bits for weights and 8 for activations."""
-    try:
-        w_bit, a_bit = map(bit_width, text.split("/"))
-    except (ValueError, ArgumentTypeError) as error:
-        raise InputError(f"--bits: expected W/A, as 4/8; got '{text}'") from error
-    return w_bit, a_bit
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python scripts/tables.py [--check]
 
 import csv
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
 KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
+SMALL_MODELS = ("demo_vit", "demo_swin", "cifar_vit", "cifar_swin")
+# Of scripts/steps.py, steps a round and images: one of the two varies at a time
+BY_STEPS = tuple((steps, 32) for steps in (25, 50, 100, 250, 500))
+BY_NUMBER = tuple((100, number) for number in (8, 16, 32, 64, 128))
+PUBLISHED_SETTING = (500, 32)
 
 # Top-1 on ImageNet as the paper gives it (table 1; one RTX 3090), and noise, real and generated of an independent
 # re-run of the published implementation (repository ngrxmu/FDD-DFQ-ViT, README, seed 444).
@@ -44,10 +50,14 @@ def small_table(models: Sequence[str], rows: list[dict[str, str]], changes: bool
     for model in models:
         for w_bit, a_bit in (("8", "8"), ("4", "8"), ("6", "6"), ("4", "4")):
             cells = [cell(rows, model, w_bit, a_bit, mode) for mode in MODES.values()]
-            floats = {row["float_top1"] for row in rows if row["model"] == model and row["float_top1"]}
-            name = f"{model} ({spread([float(value) for value in sorted(floats)])})" if floats else model
-            lines.append(f"| {name} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
+            lines.append(f"| {model_name(rows, model)} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", provenance(rows, "Change of top-1 in points" if changes else "Top-1 in percent")])
+
+
+def model_name(rows: list[dict[str, str]], model: str) -> str:
+    """A model's name, with its accuracy in float if there is a row of it."""
+    floats = {row["float_top1"] for row in rows if row["model"] == model and row["float_top1"]}
+    return f"{model} ({spread([float(value) for value in sorted(floats)])})" if floats else model
 
 
 def precision_table(rows: list[dict[str, str]]) -> str:
@@ -210,6 +220,66 @@ def toolkit_cell(rows: list[dict[str, str]]) -> str:
     return spread(top1) if top1 else "failed" if rows else "-"
 
 
+def steps_table(rows: list[dict[str, str]]) -> str:
+    """Top-1 of the small models by steps and by number of images, and the cheapest setting that loses nothing."""
+    if not rows:
+        return "Not run yet."
+    by_model = {model: [row for row in rows if row["model"] == model] for model in SMALL_MODELS}
+    cases = [(model, bits) for model in SMALL_MODELS for bits in ((8, 8), (4, 8))]
+    heads = [f"2 x {steps}" for steps, _ in BY_STEPS], [f"{number} images" for _, number in BY_NUMBER]
+    seeds, parts = len({row["seed"] for row in rows}), []
+    for settings, head in zip((BY_STEPS, BY_NUMBER), heads, strict=True):
+        lines = [f"| model (float top-1) | bits | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+        for model, bits in cases:
+            top1 = [setting_top1(by_model[model], bits, setting) for setting in settings]
+            cells = [spread(v) + f" ({len(v)} of {seeds})" * (len(v) < seeds) if v else "not run" for v in top1]
+            lines.append(f"| {model_name(rows, model)} | W{bits[0]}/A{bits[1]} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    lines = ["| model | bits | cheapest within the spread | its cost | its top-1 less the published setting's |"]
+    lines.append("|---|---|---|---|---|")
+    lines += [f"| {model} | W{bits[0]}/A{bits[1]} | {cheapest_cells(by_model[model], bits)} |" for model, bits in cases]
+    about = (
+        f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seeds, or of as many "
+    )
+    about += f"as a cell says; {step_seconds(by_model)}; {_all_of(rows, 'device')}, "
+    about += f"torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+    return "\n\n".join([*parts, "\n".join(lines), about])
+
+
+def setting_top1(rows: list[dict[str, str]], bits: tuple[int, int], setting: tuple[int, int]) -> list[float]:
+    """Top-1 of every seed with these steps and images, of the rows of one model."""
+    keys = ("w_bit", "a_bit", "steps", "calibration_images")
+    return [float(row["top1"]) for row in rows if tuple(int(row[key]) for key in keys) == (*bits, *setting)]
+
+
+def cheapest_cells(rows: list[dict[str, str]], bits: tuple[int, int]) -> str:
+    """Of one model: the setting of the fewest steps times images that is within the spread of the published one, which
+    is a mean at most one standard deviation of its seeds below its mean; the cost as a part of its, and the difference.
+    """
+    top1 = {setting: setting_top1(rows, bits, setting) for setting in {*BY_STEPS, *BY_NUMBER}}
+    published = top1[PUBLISHED_SETTING]
+    if len(published) < 2:
+        return "not run | - | -"
+    low = statistics.mean(published) - statistics.stdev(published) - 1e-9
+    complete = [setting for setting, values in top1.items() if len(values) >= len(published)]
+    within = [setting for setting in complete if statistics.mean(top1[setting]) >= low]
+    steps, number = min(within, key=lambda setting: (math.prod(setting), setting))
+    cost = 100 * steps * number / math.prod(PUBLISHED_SETTING)
+    difference = statistics.mean(top1[steps, number]) - statistics.mean(published)
+    return f"2 x {steps} steps, {number} images | {cost:.3g} % | {difference:+.2f}"
+
+
+def step_seconds(by_model: dict[str, list[dict[str, str]]]) -> str:
+    """Seconds of a step of 32 images."""
+    parts = []
+    for model, rows in by_model.items():
+        timed = [row for row in rows if row["images_s"] and row["calibration_images"] == "32"]
+        if timed:
+            seconds = statistics.median(float(row["images_s"]) / (2 * int(row["steps"])) for row in timed)
+            parts.append(f"{model} {seconds:.2f} s")
+    return f"CPU time of a step of 32 images: {', '.join(parts)}" if parts else "no times of generation"
+
+
 def latency_table(rows: list[dict[str, str]]) -> str:
     """Milliseconds of int8 and float, by threads and batch size."""
     if not rows:
@@ -297,6 +367,7 @@ TABLES = {
     "precision": (precision_table, "docs/results.md", read_rows),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
     "paper": (paper_table, "docs/results.md", read_rows),
+    "steps": (steps_table, "docs/results.md", read_csv),
     "recipes": (recipes_table, "docs/recipes.md", read_csv),
     "toolkits": (toolkits_table, "docs/toolkits.md", read_csv),
     "toolkits_latency": (latency_table, "docs/toolkits.md", read_csv),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from models import DATASETS, build_model, evaluation_transform, normalization, short_name
 from models.saved import export_onnx, require_onnx
+from scripts.accuracy import decoded
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.rows import append_row
 from scripts.tables import read_csv
@@ -184,8 +185,7 @@ def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits
     data = open_data(
         dataset, evaluation_transform(source.model), source.model.num_classes, train=real, limit=options.limit
     )
-    items = [data["val"][index] for index in range(len(data["val"]))]
-    val = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    val = decoded(data["val"])
     images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     floats: dict[str, float] = {}

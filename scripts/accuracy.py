@@ -1,0 +1,58 @@
+"""Accuracy for scripts that quantize one model many times: its images are decoded once, its float predictions kept."""
+
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils.run.environment  # isort: skip
+
+import torch
+from torch import Tensor, nn
+
+from utils.data import Images
+from utils.options import bit_width
+from utils.outputs import CPU_BATCH
+from utils.run.errors import InputError
+
+ORIGIN = ("device", "torch", "timm", "commit", "date")  # columns of rows: `origin`, and when it was measured
+
+
+def decoded(data: Images) -> tuple[Tensor, Tensor]:
+    """All images of a split and their labels: (B, 3, H, W) and (B,)."""
+    items = [data[index] for index in range(len(data))]
+    return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """The first prediction for each of `images` (B, 3, H, W), ties as in utils.evaluate.count_correct: (B,)."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in images.split(CPU_BATCH)])
+
+
+def measure(quantized: nn.Module, expected: Tensor, images: Tensor, labels: Tensor) -> dict:
+    """Accuracy of a quantized model, and how often it predicts what the float one does, `expected` (B,)."""
+    predicted = predict(quantized, images)
+    percent = {"top1": predicted == labels, "float_top1": expected == labels, "agreement": predicted == expected}
+    return {"n": len(labels)} | {name: round(100 * hits.float().mean().item(), 3) for name, hits in percent.items()}
+
+
+def origin(device: torch.device) -> dict[str, str | None]:
+    """Where and with what rows are measured."""
+    versions = utils.run.environment.versions()
+    return {
+        "device": utils.run.environment.device_name(device),
+        "torch": versions["torch"],
+        "timm": versions["timm"],
+        "commit": utils.run.environment.commit(),
+    }
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """4/8 is 4 bits for weights and 8 for activations."""
+    try:
+        w_bit, a_bit = map(bit_width, text.split("/"))
+    except (ValueError, ArgumentTypeError) as error:
+        raise InputError(f"--bits: expected W/A, as 4/8; got '{text}'") from error
+    return w_bit, a_bit

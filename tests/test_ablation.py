@@ -1,0 +1,30 @@
+"""What each technique adds: scripts/ablation.py and its rows."""
+
+import sys
+
+import torch
+
+from models import build_model
+from scripts import ablation, tables
+from utils.images import draw_noise, save_images
+
+
+def test_recipes_are_measured_once(tmp_path, image_root, monkeypatch):
+    images, rows = tmp_path / "images.npy", tmp_path / "rows.csv"
+    save_images(
+        images,
+        torch.zeros(3, 1, 1),
+        torch.ones(3, 1, 1),
+        draw_noise(2, build_model("demo_vit").patch_embed.img_size, 0),
+    )
+    line = ["--model", "demo_vit", "--dataset", image_root, "--images", images, "--limit", 10, "--rows", rows]
+    line += ["--device", "cpu", "--bits", "8/8", "2/2", "--recipes", "paper"]
+    for names in ([], ["inputs"], ["inputs"]):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, line), *names])
+        ablation.main()
+    found = tables.read_csv(rows)
+    measured = [(row["w_bit"], row["a_bit"], row["recipe"]) for row in found]
+    assert measured == [("8", "8", "paper"), ("2", "2", "paper"), ("8", "8", "inputs"), ("2", "2", "inputs")]
+    assert all(row["n"] == "10" and row["calibration_images"] == "2" and row["date"] and row["torch"] for row in found)
+    assert float(found[0]["agreement"]) > float(found[1]["agreement"])
+    assert "| paper |" in tables.recipes_table(found)
