@@ -154,3 +154,14 @@ def test_benchmark_writes_what_it_prints(tmp_path):
 @pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])
 def test_files_of_integers_are_a_fraction_of_the_float_size(w_bit, limit):
     assert 0 < file_sizes.size_ratio("deit_tiny", w_bit) <= limit
+
+
+def test_benchmark_table_has_goals_of_bf16_only_and_extrapolates_evaluation():
+    row = {"model": "deit_tiny", "bare_ms": 100.0, "step_ms": 110.0, "step_over_bare": 1.1, "transcription_ms": None}
+    row |= {"bare_peak_mb": 1.0, "peak_mb": 2.0, "float_images_per_s": 50.0, "quant_images_per_s": 25.0, "batch": 8}
+    row |= {"mode": "eager", "device": "cpu", "versions": {"torch": "2", "timm": "1"}}
+    kinds = [{"precision": "fp32", "step_over_float32": 1.1}, {"precision": "bf16", "step_over_float32": 0.61}]
+    table = tables.benchmark_table([row | kind for kind in kinds])
+    assert "| deit_tiny | fp32 | 100 | 110 | 1.10 |  | 1.10 |  | 1 | 2 |" in table
+    assert "| deit_tiny | bf16 | 100 | 110 | 0.61 | 0.62 | 1.10 |  | 1 | 2 |" in table
+    assert table.count("| deit_tiny | 50.0 | 25.0 | 50 min |") == 1
