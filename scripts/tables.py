@@ -150,12 +150,16 @@ def kept_table(rows: list[dict[str, str]]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         for recipe in ("paper", "best", "paper symmetric", "best symmetric"):
             some = [row for row in rows if (row["model"], row["recipe"]) == (model, recipe)]
-            kept = [[100 * float(row["top1"]) / float(row["float_top1"]) for row in some
-                     if (row["w_bit"], row["a_bit"]) == pair] for pair in bits]  # fmt: skip
             if some:
-                cells = "".join(f" {spread(values) if values else '-'} |" for values in kept)
+                cells = "".join(f" {kept_cell(some, *pair)} |" for pair in bits)
                 lines.append(f"| {model}, {recipe} | {len({row['seed'] for row in some})} |{cells}")
     return "\n".join(lines)
+
+
+def kept_cell(rows: list[dict[str, str]], w_bit: str, a_bit: str) -> str:
+    """The same of one recipe at these bits."""
+    some = [row for row in rows if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit) and float(row["float_top1"])]
+    return spread([100 * float(row["top1"]) / float(row["float_top1"]) for row in some]) if some else "-"
 
 
 def bit_widths(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
