@@ -10,7 +10,6 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
-from utils.attention import attention_by_products, attention_outputs, frozen, where_not_finite
+from utils.attention import attention_outputs, frozen, model_attention, where_not_finite
 from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
@@ -133,12 +132,6 @@ def generate_data(
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
     return torch.cat([finished[index][0] for index in sorted(finished)])
-
-
-def model_attention(model: nn.Module, precision: str) -> AbstractContextManager[None]:
-    """The context for the model's attention. In bfloat16 a CPU's fused one has a backward pass that is slow."""
-    slow = precision == "bf16" and next(model.parameters()).device.type == "cpu"
-    return attention_by_products(model) if slow else nullcontext()
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:

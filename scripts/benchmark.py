@@ -37,10 +37,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
 
-from generate_data import Batch, GenerationSettings, draw_labels, model_attention
+from generate_data import Batch, GenerationSettings, draw_labels
 from models import build_model
 from quant import calibrate, quantize_model
-from utils.attention import attention_outputs, frozen
+from utils.attention import attention_outputs, frozen, model_attention
 from utils.evaluate import fuse_rounding
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH

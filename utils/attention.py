@@ -1,7 +1,7 @@
 """What the layers of a timm model put out, its attention above all, read without altering the model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,12 @@ def where_not_finite(model: nn.Module, images: Tensor) -> str:
         for handle in handles:
             handle.remove()
     return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
+
+
+def model_attention(model: nn.Module, precision: str) -> AbstractContextManager[None]:
+    """The context for the model's attention. In bfloat16 a CPU's fused one has a backward pass that is slow."""
+    slow = precision == "bf16" and next(model.parameters()).device.type == "cpu"
+    return attention_by_products(model) if slow else nullcontext()
 
 
 @contextmanager
