@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from timm.data import resolve_model_data_config
@@ -130,17 +131,13 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
         raise RuntimeError("calibrate expects a model from quantize_model that was not calibrated before")
     if not len(images):
         raise ValueError("calibrate expects at least one image")
-    device, recipe = next(model.parameters()).device, model.recipe
+    recipe = model.recipe
     if recipe.stretch:
         config = resolve_model_data_config(model)
         images = stretch(images, config["mean"], config["std"])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
-
-    def run() -> None:
-        for batch in images.split(batch_size):
-            model(batch.to(device))
-
+    run = partial(forward, model, images, batch_size)
     with observing(model):
         run()
     for name, (low, high) in activation_ranges(model).items():
@@ -157,22 +154,24 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
     return model
 
 
+def forward(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """What a model gives for `images` (B, 3, H, W), which may be on the CPU: (B, classes)."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device)) for batch in images.split(batch_size)])
+
+
 def choose_rotation(model: nn.Module, images: Tensor, batch_size: int) -> None:
     """Rotate a swapped model in place, if its quantized logits are then nearer to the float ones on the images.
 
     The trials round weights to the nearest: compensation fits these very images, and would judge itself.
     """
-
-    def logits(model: nn.Module) -> Tensor:
-        return torch.cat([model(batch.to(next(model.parameters()).device)) for batch in images.split(batch_size)])
-
-    expected, errors = logits(model), []
+    expected, errors = forward(model, images, batch_size), []
     for prepare in (lambda trial: None, rotate):
         trial = copy.deepcopy(model)
         trial.recipe = replace(model.recipe, stretch=False, rotate=False, compensate=False)
         prepare(trial)
         calibrate(trial, images, batch_size)
-        errors.append((logits(trial) - expected).square().mean().item())
+        errors.append((forward(trial, images, batch_size) - expected).square().mean().item())
     before, after = errors
     if after < before:
         rotate(model)

@@ -221,6 +221,14 @@ def test_a_folder_wins_over_a_name(archive, tmp_path, monkeypatch):
         find_dataset(Path("cifar10"), archive[0])
 
 
+def test_a_data_set_by_name_has_the_splits_that_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "DATA", tmp_path)
+    (tmp_path / "cifar10" / "val").mkdir(parents=True)
+    assert find_dataset("cifar10") == tmp_path / "cifar10"
+    with pytest.raises(InputError, match=r"cifar10: .*train"):
+        find_dataset("cifar10", splits=["val", "train"])
+
+
 def test_the_demos_fractals_are_a_data_set_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "DATA", tmp_path)
     monkeypatch.setattr(photographs, "write_demo_data", lambda root: root)

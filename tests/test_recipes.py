@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rescaling import rescale
+from timm.data import resolve_model_data_config
 
 from models.saved import load_quantized, save_quantized
 from models.zoo import build_model
@@ -31,6 +32,16 @@ def test_inputs_of_products_are_all_that_is_placed_in_a_swin(swin):
     expected = {f"{prefix}.{name}" for prefix in blocks for name in BLOCK.split()}
     expected |= {"act_input", "layers.1.downsample.norm.act_output", "act_pooled"}
     assert set(activation_ranges(calibrate(quantize_model(swin, recipe=INPUTS), IMAGES))) == expected
+
+
+@torch.no_grad()
+def test_ranges_are_those_of_stretched_images(vit):
+    grey, recipe = IMAGES.clamp(-0.1, 0.1), replace(INPUTS, stretch=True)
+    model = calibrate(quantize_model(vit, recipe=recipe), grey)
+    config = resolve_model_data_config(vit)
+    low, high = activation_ranges(model)["act_input"]
+    whole = [(bound - m) / s for bound in (0, 1) for m, s in zip(config["mean"], config["std"], strict=True)]
+    assert min(whole) - 1e-4 <= low < -0.9 and 0.9 < high <= max(whole) + 1e-4
 
 
 @pytest.mark.parametrize("helps", [True, False])

@@ -11,7 +11,7 @@ from utils.report import MODES
 from utils.run.errors import InputError
 from utils.run.files import check_writable
 from utils.run.options import DEVICE_HELP, Parser, natural, positive
-from utils.run.precision import PRECISIONS
+from utils.run.precision import LARGE, PRECISIONS
 from utils.run.record import check_place
 
 
@@ -170,7 +170,7 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         help="of the model's products in generation; losses, and all of evaluation, are fp32 (bf16 on cuda, and, for "
-        "models from 5 million parameters, on a CPU that multiplies it natively; else fp32)",
+        f"models from {LARGE // 10**6} million parameters, on a CPU that multiplies it natively; else fp32)",
     )
     add(
         "--compile",

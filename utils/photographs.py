@@ -70,13 +70,14 @@ def find_dataset(given: Path | str, archive: Path | None = None, splits: Sequenc
     """
     by_name = isinstance(given, str) or not given.is_dir()
     if by_name and str(given) in PHOTOGRAPHS:
-        return prepare_dataset(str(given), DATA, archive)
-    if archive:
+        root = prepare_dataset(str(given), DATA, archive)
+    elif archive:
         raise InputError(
             f"--dataset-archive: goes with --dataset {' or '.join(PHOTOGRAPHS)}; got --dataset {given}"
             + ("" if by_name else ", a folder here")
         )
-    root = write_demo_data(DATA / DEMO) if by_name and str(given) == DEMO else Path(given)
+    else:
+        root = write_demo_data(DATA / DEMO) if by_name and str(given) == DEMO else Path(given)
     check_dataset(root, splits)
     return root
 
