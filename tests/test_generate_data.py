@@ -41,6 +41,15 @@ def test_images_are_normalised_and_of_the_models_size(model):
     assert pixels.min() >= -1e-5 and pixels.max() <= 1 + 1e-5
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_attention_is_fused_on_a_cpu_in_float32_only(vit, precision, fused):
+    attention, seen = vit.blocks[0].attn, set()
+    attention.fused_attn = True
+    attention.register_forward_pre_hook(lambda layer, inputs: seen.add(layer.fused_attn))
+    generate_data(vit, 2, settings=GenerationSettings(steps=1, precision=precision), progress=False)
+    assert seen == {fused} and attention.fused_attn
+
+
 def test_valid_range_equals_golden(golden, vit):
     data = golden("losses")
     mean, std = normalization(vit)
