@@ -109,7 +109,7 @@ def generate_data(
         if settings.compile and not settings.checkpoint_activations:
             begin = partial(bar.set_postfix_str, "compiling, for a minute or two")
             terms = compiled_when_called(terms, try_out, begin)
-        identity = {"weights": digest(model) if state else None, "seed": seed, **asdict(settings)}
+        identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
         advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         for index, labels in mine:
             batch = Batch(model, terms, labels, seed, index, settings)

@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from utils.cache import check_cache
 from utils.data import Images, draw_images, open_data
 from utils.evaluate import compare, fuse_rounding, measure
 from utils.images import draw_noise, load_images, save_images
+from utils.learning import learn
 from utils.options import check_run, parse_run
 from utils.photographs import find_dataset
 from utils.plots import plot_run
@@ -67,7 +69,7 @@ def quantize_and_evaluate(
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
-        calibrate(quantized, images["images"])
+        calibrate(quantized, images["images"], learn=partial(learn, state=record.state))
     leave_files(options, model, quantized, images, record)
     write_models(quantized, model, options.model, options.save, options.export_onnx, options.onnx_int4)
     with record.stage("evaluate"), float32_products():

@@ -15,6 +15,7 @@ from quant import modules
 from quant.balance import balance
 from quant.contrast import stretch
 from quant.families import SWAPS, check_supported, untouched
+from quant.learning import Student
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
 from quant.recipes import PAPER, Recipe
@@ -115,13 +116,16 @@ def assign_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Module:
+def calibrate(
+    model: nn.Module, images: Tensor, batch_size: int = 32, learn: Callable[[Student], object] = Student.learn
+) -> nn.Module:
     """Record every activation's range in full precision over `images`, then quantize and freeze, as the recipe says.
 
     Args:
         model: from `quantize_model`, not calibrated before.
         images: (B, 3, H, W), normalised, on the CPU or on the model's device.
         batch_size: images a forward pass; ranges do not depend on it.
+        learn: does the steps of a student, where the recipe has one.
 
     Raises:
         RuntimeError: the model was not swapped, or is calibrated already.
@@ -137,7 +141,18 @@ def calibrate(model: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Modu
         images = stretch(images, config["mean"], config["std"])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
-    run = partial(forward, model, images, batch_size)
+    if not recipe.learn or set(quantizer_bits(model).values()) == {FLOAT_BITS}:
+        return fit(model, images, batch_size)
+    teacher = copy.deepcopy(model)
+    student = Student(fit(model, images, batch_size), teacher, images)
+    learn(student)
+    student.finish()
+    return model
+
+
+def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
+    """Observe, search and round, in one pass over the images each; returns the model, calibrated."""
+    recipe, run = model.recipe, partial(forward, model, images, batch_size)
     with observing(model):
         run()
     for name, (low, high) in activation_ranges(model).items():
@@ -168,7 +183,7 @@ def choose_rotation(model: nn.Module, images: Tensor, batch_size: int) -> None:
     expected, errors = forward(model, images, batch_size), []
     for prepare in (lambda trial: None, rotate):
         trial = copy.deepcopy(model)
-        trial.recipe = replace(model.recipe, stretch=False, rotate=False, compensate=False)
+        trial.recipe = replace(model.recipe, stretch=False, rotate=False, compensate=False, learn=False)
         prepare(trial)
         calibrate(trial, images, batch_size)
         errors.append((forward(trial, images, batch_size) - expected).square().mean().item())

@@ -5,7 +5,7 @@ which techniques prepare the weights, set the ranges and round. Each technique i
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 EDGE_BITS = 8  # the least for what stands at a model's ends
@@ -24,6 +24,8 @@ class Recipe:
     rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
+    learn: bool = False  # quant/learning.py, after all of it
+    images: int = 32  # to calibrate on, if nobody says otherwise
 
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
@@ -74,7 +76,8 @@ BEST = Recipe(
     search_ranges=True,
     compensate=True,
 )
+LEARNED = replace(BEST, name="learned", learn=True, images=128)  # of more images more can be learned
 # The placement alone: what the techniques are measured against.
 INPUTS = Recipe("inputs", BEST.points, BEST.edges)
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST)}
+RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST, LEARNED)}

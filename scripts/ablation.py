@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
-from quant.recipes import BEST, INPUTS, PAPER, Recipe
+from quant.recipes import BEST, INPUTS, LEARNED, PAPER, Recipe
 from scripts.accuracy import ORIGIN, decoded, measure, origin, parse_bits, predict
 from scripts.rows import append_row
 from scripts.tables import read_csv
@@ -46,9 +46,14 @@ def variants() -> dict[str, Recipe]:
     for technique in TECHNIQUES[:-1]:
         recipe = replace(recipe, **{technique: True})
         recipes[f"+ {technique}"] = recipe
-    recipes["best"] = BEST  # with the last of them
+    recipes |= {"best": BEST, "learned": LEARNED}  # best has the last of them
     recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in TECHNIQUES[:-1]}
-    return recipes | {f"{recipe.name} symmetric": replace(recipe, symmetric=True) for recipe in (PAPER, BEST)}
+    return recipes | {f"{recipe.name} symmetric": replace(recipe, symmetric=True) for recipe in (PAPER, BEST, LEARNED)}
+
+
+def named(name: str, recipe: Recipe, number: int) -> str:
+    """What a row calls a recipe that is calibrated on this number of images."""
+    return name if number == recipe.images else f"{name}, {number} images"
 
 
 def ablate(
@@ -85,6 +90,8 @@ def main() -> None:
     calibration = load_images(options.images, model.patch_embed.img_size)["images"]
     data = validation_images(options.dataset, evaluation_transform(model), model.num_classes, None, options.limit)
     val = decoded(data)
+    # Another number than the recipe's own is another line of the tables
+    labels = {name: named(name, recipe, len(calibration)) for name, recipe in variants().items()}
     about = {
         "model": options.model,
         "seed": options.seed,
@@ -94,11 +101,11 @@ def main() -> None:
     for text in options.bits:
         w_bit, a_bit = parse_bits(text)
         about_bits = (options.model, str(w_bit), str(a_bit))
-        names = [name for name in options.recipes if (*about_bits, name, str(options.seed)) not in done]
+        names = [name for name in options.recipes if (*about_bits, labels[name], str(options.seed)) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                append_row(options.rows, about | row | {"date": date}, COLUMNS)
+                append_row(options.rows, about | row | {"recipe": labels[row["recipe"]], "date": date}, COLUMNS)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
 KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
+RECIPES = ("paper", "best", "learned")  # which users choose from
 SMALL_MODELS = ("demo_vit", "demo_swin", "cifar_vit", "cifar_swin")
 # Of scripts/steps.py, steps a round and images: one of the two varies at a time
 BY_STEPS = tuple((steps, 32) for steps in (25, 50, 100, 250, 500))
@@ -138,7 +139,9 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
             cells = {(row["w_bit"], row["a_bit"]): recipe_cell(row) for row in some if row["recipe"] == recipe}
             lines.append(f"| {recipe} |" + "".join(f" {cells.get(pair, '-')} |" for pair in bits))
         last = some[-1]
-        about = f"{last['n']} images, seed {seed}, {last['calibration_images']} generated images; "
+        numbers = {name: _all_of([row for row in some if row["recipe"] == name], "calibration_images") for name in RECIPES}
+        more = f" ({numbers['learned']} for learned)" * bool(numbers["learned"])
+        about = f"{last['n']} images, seed {seed}, {numbers['paper']} generated images{more}; "
         about += f"{last['device']}, torch {last['torch']}, timm {last['timm']}."
         tables.append("\n".join([*lines, "", about]))
     return "\n\n".join([kept_table(rows), *tables])
@@ -151,7 +154,7 @@ def kept_table(rows: list[dict[str, str]]) -> str:
     lines.append("|---" * (len(bits) + 1) + "|")
     seeds = len({row["seed"] for row in rows})
     for model in dict.fromkeys(row["model"] for row in rows):
-        for recipe in ("paper", "best", "paper symmetric", "best symmetric"):
+        for recipe in (*RECIPES, *(f"{name} symmetric" for name in RECIPES)):
             some = [row for row in rows if (row["model"], row["recipe"]) == (model, recipe)]
             if some:
                 cells = [spread_of(kept(some, *pair), seeds, "-") for pair in bits]

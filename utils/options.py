@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from quant.quantizers import BIT_WIDTHS
-from quant.recipes import RECIPES
+from quant.recipes import LEARNED, PAPER, RECIPES
 from utils.images import check_format
 from utils.plots import require_matplotlib
 from utils.report import MODES
@@ -31,13 +31,15 @@ def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
     add = parser.add_argument_group("how it is quantized").add_argument
-    add("--recipe", choices=RECIPES, default="paper", help="how to quantize; best keeps more of the accuracy (paper)")
+    how = "how to quantize: best keeps more of the accuracy than paper, learned still more, in minutes or hours (paper)"
+    add("--recipe", choices=RECIPES, default="paper", help=how)
     add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
     skip = "quantizers left in float, as 'blocks.0.*' (none)"
     add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
     group = parser.add_argument_group("calibration images")
     add = group.add_argument
-    add("--calib-batchsize", type=positive, default=32, metavar="N", help="images to generate and calibrate with (32)")
+    counts = f"{PAPER.images}; {LEARNED.images} with --recipe learned"
+    add("--calib-batchsize", type=positive, metavar="N", help=f"images to generate and calibrate with ({counts})")
     add_steps_and_seed(group)
     add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
     group = parser.add_argument_group("model files")
@@ -63,7 +65,9 @@ def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the results (a new one in runs/)")
     add_plots(group)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.calib_batchsize = options.calib_batchsize or RECIPES[options.recipe].images
+    return options
 
 
 def check_run(options: argparse.Namespace) -> None:

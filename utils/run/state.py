@@ -3,14 +3,14 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.run.distributed import is_first
 from utils.run.errors import InputError
@@ -69,9 +69,9 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
             folder.rmdir()
 
 
-def digest(model: nn.Module) -> str:
-    """A name for the weights of a model."""
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A name for what tensors hold, such as the parameters of a model."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]

@@ -1,0 +1,149 @@
+"""Learning: weights, biases and the scales of activations follow the gradient of what quantization costs.
+
+What it costs is seen on the calibration images, at the output of every block and of the model, against the same model
+in float: distillation, without a label. Rounding passes its gradient through as if it were not there (Bengio et al.,
+2013, arXiv:1308.3432); that of an activation's scale is then the one of learned step sizes (Esser et al., ICLR 2020,
+section 2.1). Weights are learned in units of their scales, which stay, so that one rate serves all layers.
+"""
+
+import math
+import re
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from quant.modules import named_activations, quantized_weights
+from quant.quantizers import signed_grid
+
+STEPS = 400
+BATCH = 32  # images of a step
+RATE = 0.01  # of Adam, in steps of a weight's grid; all rates fall to zero as a cosine
+SCALE_RATE = 0.002  # as a part of an activation's scale
+BIAS_RATE = 1e-4
+BETAS = (0.9, 0.99)  # the squares are forgotten within a hundred steps, of which there are few
+MARGIN = 0.49  # how far at most a weight's integer is at first from what it was rounded from, in steps of its grid
+REACH = 1 / 8  # of a side: the largest cyclic shift of the images
+
+
+class Student:
+    """A calibrated model that learns to be its teacher; `finish` leaves it as any calibrated model is.
+
+    Attributes:
+        tensors: by name, what is learned.
+        optimizer: changes them.
+        random: what is drawn from.
+        total: steps that are to be done.
+    """
+
+    total = STEPS
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 0) -> None:
+        """Begin with what calibration left.
+
+        Args:
+            model: calibrated.
+            teacher: the same model before it was: in float, with its channels in the same basis.
+            images: (B, 3, H, W), normalised.
+        """
+        self.model, self.teacher, self.images = model, teacher.requires_grad_(False), images
+        self.random = torch.Generator().manual_seed(seed)
+        self.layers = dict(quantized_weights(model.requires_grad_(False)))
+        self.acts = {name: act for name, act in named_activations(model) if act.scale is not None}
+        self.codes = {name: unrounded(layer, teacher.get_submodule(name)) for name, layer in self.layers.items()}
+        self.biases = {name: layer.bias for name, layer in self.layers.items() if layer.bias is not None}
+        self.scales = {name: act.scale.log().requires_grad_() for name, act in self.acts.items()}
+        for name, act in self.acts.items():
+            act.kernel = partial(round_learned, self.scales[name])
+        for parameter in (*(layer.weight for layer in self.layers.values()), *self.biases.values()):
+            parameter.requires_grad_()
+        groups = (("weight", self.codes, RATE), ("bias", self.biases, BIAS_RATE), ("scale", self.scales, SCALE_RATE))
+        self.tensors = {f"{name}.{kind}": value for kind, some, _ in groups for name, value in some.items()}
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(some.values()), "rate": rate} for _, some, rate in groups if some], betas=BETAS
+        )
+
+    def learn(self) -> None:
+        """Do all steps."""
+        for number in range(self.total):
+            self.step(number)
+
+    @torch.enable_grad()
+    def step(self, number: int) -> Tensor:
+        """The step of a number, from 0; returns the error before it, and the length of its gradient: (2,)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 + math.cos(math.pi * number / self.total)) / 2
+        self.round_weights()
+        error = self.error(self.draw())
+        weights = [layer.weight for layer in self.layers.values()]
+        learned = [*weights, *self.biases.values(), *self.scales.values()]
+        gradients = torch.autograd.grad(error, learned, allow_unused=True, materialize_grads=True)
+        for tensor, gradient in zip(self.tensors.values(), gradients, strict=True):
+            tensor.grad = gradient
+        for name, layer in self.layers.items():
+            self.codes[name].grad = self.codes[name].grad * layer.weight_scale  # of weights in steps of their grid
+        self.optimizer.step()
+        return torch.stack([error.detach(), torch.nn.utils.get_total_norm(gradients)])
+
+    def finish(self) -> None:
+        """Leave weights and ranges as they were learned."""
+        self.round_weights()
+        self.model.requires_grad_(False)
+        for name, act in self.acts.items():
+            del act.kernel
+            act.scale = self.scales[name].detach().exp()
+            act.low, act.high = ((end - act.zero_point) * act.scale for end in act.grid)
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Give every layer its weight on the grid."""
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self.codes[name].clamp_(*signed_grid(layer.w_bit)).round() * layer.weight_scale)
+
+    def draw(self) -> Tensor:
+        """Some of the images, shifted cyclically, all by the same offsets, and flipped in half of all cases."""
+        images = self.images[torch.randperm(len(self.images), generator=self.random)[:BATCH]]
+        reach = [round(side * REACH) for side in images.shape[2:]]
+        offsets = [int(torch.randint(-most, most + 1, (), generator=self.random)) for most in reach]
+        flipped = torch.rand(len(images), 1, 1, 1, generator=self.random) < 0.5
+        shifted = images.roll(offsets, dims=(2, 3))
+        device = next(self.model.parameters()).device
+        return torch.where(flipped.to(shifted.device), shifted.flip(3), shifted).to(device)
+
+    def error(self, images: Tensor) -> Tensor:
+        """The squared error relative to the teacher's variance, mean over the blocks' outputs and the model's: 0-d."""
+        with torch.no_grad():
+            expected = block_outputs(self.teacher, images)
+        outputs = block_outputs(self.model, images)
+        return torch.stack([(y - t).square().mean() / t.var() for y, t in zip(outputs, expected, strict=True)]).mean()
+
+
+@torch.no_grad()
+def unrounded(layer: nn.Module, before: nn.Module) -> Tensor:
+    """A weight in steps of its grid, as near to what it was `before` as rounds to the integers that it has."""
+    codes = layer.weight / layer.weight_scale
+    return torch.clamp(before.weight / layer.weight_scale, codes - MARGIN, codes + MARGIN)
+
+
+def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`fake_quantize_` with a gradient for `x` and for the logarithm of the scale, which takes the place of `scale`."""
+    scale = log_scale.exp()
+    codes = x / scale + zero_point
+    codes = (codes + (codes.round() - codes).detach()).clamp(*grid)
+    return (codes - zero_point) * scale
+
+
+def block_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What every block gives, in order, and last what the model gives."""
+    outputs: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+        for name, module in model.named_modules()
+        if re.fullmatch(r"(layers\.\d+\.)?blocks\.\d+", name)
+    ]
+    try:
+        logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*outputs, logits]
