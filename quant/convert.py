@@ -160,7 +160,7 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
     layers = dict(modules.quantized_weights(model))
     if recipe.search_ranges:
-        search_ranges(model, run)
+        search_ranges(model, images, batch_size)
     for _, act in modules.named_activations(model):
         act.freeze()
     moments = input_moments(layers, run) if recipe.compensate else {}

@@ -1,17 +1,162 @@
-"""Learning lowers what quantization costs on its images, and leaves a model like any calibrated one."""
+"""Learning lowers what quantization costs, and leaves a model as any calibrated one is."""
 
 import copy
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
 from quant import activation_ranges, calibrate, quantize_model
+from quant.convert import fit
 from quant.integers import integer_state, load_integer_state
-from quant.learning import Student, block_outputs, round_learned, unrounded
+from quant.learning import BATCH, MARGIN, Student, block_outputs, round_learned, unrounded
 from quant.modules import named_activations, quantized_weights
 from quant.quantizers import fake_quantize_, signed_grid
-from quant.recipes import INPUTS, LEARNED
-from tests.families import IMAGES
+from quant.recipes import BEST, INPUTS
+from utils.learning import learn
+from utils.run.errors import InputError
+from utils.run.signals import Stopped
 
-FAST = replace(INPUTS, learn=True)
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+RECIPE = replace(INPUTS, search_ranges=True, compensate=True, learn=True)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(Student, "total", 30)
+
+
+def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
+    quantized = quantize_model(copy.deepcopy(model), w_bit, a_bit, recipe=recipe)
+    teacher = copy.deepcopy(quantized)
+    return Student(fit(quantized, IMAGES, 32), teacher, IMAGES)
+
+
+def test_the_error_falls_on_the_images(model):
+    student = student_of(model)
+    before = student.error(IMAGES)
+    student.learn()
+    assert 0 < student.error(IMAGES) < 0.8 * before
+
+
+def test_a_learned_model_predicts_with_less_error(model):
+    expected = model(IMAGES)
+    best, learned = (
+        calibrate(quantize_model(copy.deepcopy(model), 3, 4, recipe=replace(RECIPE, learn=learns)), IMAGES)(IMAGES)
+        for learns in (False, True)
+    )
+    assert (learned - expected).square().mean() < 0.8 * (best - expected).square().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [RECIPE, replace(BEST, learn=True, symmetric=True)])
+def test_what_is_learned_is_loaded_bit_for_bit(model, recipe):
+    saved = calibrate(quantize_model(copy.deepcopy(model), 4, 6, recipe=recipe), IMAGES)
+    loaded = load_integer_state(quantize_model(model, 4, 6, recipe=recipe), integer_state(saved))
+    assert torch.equal(loaded(IMAGES), saved(IMAGES))
+    assert not any(parameter.requires_grad for parameter in saved.parameters())
+    for name, layer in quantized_weights(saved):
+        codes = layer.weight / layer.weight_scale
+        low, high = signed_grid(layer.w_bit)
+        torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+        assert low <= codes.round().min() and codes.round().max() <= high, name
+
+
+def test_ranges_are_those_of_the_learned_scales(vit):
+    model = calibrate(quantize_model(vit, 8, 5, recipe=RECIPE), IMAGES)
+    ranges = activation_ranges(model)
+    for name, act in named_activations(model):
+        low, high = ranges[name]
+        torch.testing.assert_close(torch.tensor(high - low), act.scale * (2**act.bits - 1))
+        torch.testing.assert_close(torch.tensor(low), -act.zero_point * act.scale)
+
+
+def test_scales_biases_and_weights_are_learned_of_all_layers(model):
+    student = student_of(model)
+    before = {name: tensor.clone() for name, tensor in student.tensors.items()}
+    kinds = {name.rpartition(".")[2] for name in before}
+    student.step(0)
+    still = [name for name, tensor in student.tensors.items() if torch.equal(tensor, before[name])]
+    assert kinds == {"weight", "bias", "scale"} and not still
+
+
+def test_the_teacher_stays_what_it_is(vit):
+    student = student_of(vit)
+    student.learn()
+    assert torch.equal(student.teacher(IMAGES), quantize_model(vit, 4, 4, recipe=RECIPE)(IMAGES))
+
+
+def test_weights_begin_where_they_are_rounded_to_and_as_near_to_float_as_that_allows():
+    layer, before = torch.nn.Linear(5, 1), torch.nn.Linear(5, 1)
+    layer.weight_scale = torch.tensor([[0.5]])
+    layer.weight.data = torch.tensor([[1.0, 1.0, 1.0, 1.0, -2.0]])
+    before.weight.data = torch.tensor([[1.1, 0.9, 1.4, 0.2, -2.0]])
+    expected = torch.tensor([[2.2, 1.8, 2 + MARGIN, 2 - MARGIN, -4.0]])
+    torch.testing.assert_close(unrounded(layer, before), expected)
+
+
+@pytest.mark.parametrize(("zero_point", "grid"), [(3.0, (0, 15)), (0.0, (-8, 7))])
+def test_rounding_is_the_usual_one_with_a_gradient(zero_point, grid):
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64).requires_grad_()
+    log_scale = torch.tensor(0.25, dtype=torch.float64).log().requires_grad_()
+    scale, zero_point = log_scale.detach().exp(), torch.tensor(zero_point, dtype=torch.float64)
+    rounded = round_learned(log_scale, x, None, zero_point, grid)
+    torch.testing.assert_close(rounded, fake_quantize_(x.detach().clone(), scale, zero_point, grid))
+    to_x, to_scale = torch.autograd.grad(rounded.sum(), (x, log_scale))
+    codes = x.detach() / scale + zero_point
+    inside = (codes.round() >= grid[0]) & (codes.round() <= grid[1])
+    torch.testing.assert_close(to_x, inside.double())
+    # Esser et al., equation 3, times the scale, as its logarithm is learned; clipped values follow the end of the grid
+    by_value = torch.where(inside, codes.round() - codes, codes.clamp(*grid) - zero_point)
+    torch.testing.assert_close(to_scale, (by_value * scale).sum())
+
+
+def test_every_step_sees_other_images_and_at_most_a_batch(vit):
+    student = student_of(vit)
+    student.images = torch.arange(BATCH + 8.0)[:, None, None, None].expand(-1, 3, 16, 16).contiguous()
+    first, second = student.draw(), student.draw()
+    assert first.shape == (BATCH, 3, 16, 16) and first[:, 0, 0, 0].unique().numel() == BATCH
+    assert not torch.equal(first, second)
+
+
+def test_images_are_moved_and_flipped(vit):
+    student = student_of(vit)
+    student.images = torch.arange(32.0).expand(16, 3, 32, 32).contiguous()
+    rows = {tuple(row.tolist()) for _ in range(20) for row in student.draw()[:, 0, 0]}
+    assert len(rows) > 10 and all(sorted(row) == list(range(32)) for row in rows)
+
+
+def test_outputs_are_those_of_every_block_and_the_model(model):
+    outputs = block_outputs(model, IMAGES)
+    blocks = 2 if hasattr(model, "blocks") else 4
+    assert len(outputs) == blocks + 1 and torch.equal(outputs[-1], model(IMAGES))
+
+
+def test_nothing_is_learned_where_all_is_float(vit):
+    expected = vit(IMAGES)
+    model = calibrate(quantize_model(vit, 16, 16, recipe=RECIPE), IMAGES, learn=None)
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
+    whole, part, rest, other = student_of(vit), student_of(vit), student_of(vit), student_of(vit, a_bit=5)
+    learn(whole, tmp_path / "whole")
+    step = part.step
+
+    def interrupted(number):
+        if number == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(number)
+
+    part.step = interrupted
+    with pytest.raises(Stopped, match="interrupted at step 12"):
+        learn(part, tmp_path / "part")
+    with pytest.raises(InputError, match="of another run"):
+        learn(other, tmp_path / "part")
+    numbers, step = [], rest.step
+    rest.step = lambda number: (numbers.append(number), step(number))[1]
+    learn(rest, tmp_path / "part")
+    assert numbers == list(range(12, Student.total))
+    assert all(torch.equal(tensor, rest.tensors[name]) for name, tensor in whole.tensors.items())
