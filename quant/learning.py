@@ -128,9 +128,8 @@ def unrounded(layer: nn.Module, before: nn.Module) -> Tensor:
 def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:
     """`fake_quantize_` with a gradient for `x` and for the logarithm of the scale, which takes the place of `scale`."""
     scale = log_scale.exp()
-    codes = x / scale + zero_point
-    codes = (codes + (codes.round() - codes).detach()).clamp(*grid)
-    return (codes - zero_point) * scale
+    codes = (x / scale + zero_point).clamp(*grid)
+    return (codes + (codes.round() - codes).detach() - zero_point) * scale
 
 
 def block_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

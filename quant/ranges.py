@@ -43,8 +43,9 @@ def slope_histograms(model: nn.Module, images: Tensor, batch_size: int) -> dict[
     rows: dict[QuantAct, list[Tensor]] = {act: [] for act in acts}
 
     def watch(act: QuantAct, inputs: tuple[Tensor]) -> None:
-        if (x := inputs[0]).requires_grad:
-            x.register_hook(lambda g: rows[act].append(slope_histogram(act, x.detach(), g, len(batch))))
+        if inputs[0].requires_grad:
+            x = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
+            inputs[0].register_hook(lambda g: rows[act].append(slope_histogram(act, x, g, len(batch))))
 
     hooks = [act.register_forward_pre_hook(watch) for act in acts]
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.zoo import build_model
 from quant import activation_ranges, calibrate, quantize_model
 from quant.convert import fit
 from quant.integers import integer_state, load_integer_state
@@ -15,6 +16,7 @@ from quant.learning import BATCH, MARGIN, Student, block_outputs, round_learned,
 from quant.modules import named_activations, quantized_weights
 from quant.quantizers import fake_quantize_, signed_grid
 from quant.recipes import BEST, INPUTS
+from utils.fractals import render_others
 from utils.learning import learn
 from utils.run.errors import InputError
 from utils.run.signals import Stopped
@@ -25,7 +27,7 @@ RECIPE = replace(INPUTS, search_ranges=True, compensate=True, learn=True)
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(Student, "total", 30)
+    monkeypatch.setattr(Student, "total", 3)
 
 
 def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
@@ -34,20 +36,19 @@ def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
     return Student(fit(quantized, IMAGES, 32), teacher, IMAGES)
 
 
-def test_the_error_falls_on_the_images(model):
-    student = student_of(model)
-    before = student.error(IMAGES)
-    student.learn()
-    assert 0 < student.error(IMAGES) < 0.8 * before
-
-
-def test_a_learned_model_predicts_with_less_error(model):
-    expected = model(IMAGES)
+@torch.no_grad()
+def test_a_model_learns_on_images_what_holds_for_others(monkeypatch):
+    monkeypatch.setattr(Student, "total", 25)
+    model = build_model("demo_vit")
+    images = torch.from_numpy(render_others(32, 64, 0)).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = model(images)
     best, learned = (
-        calibrate(quantize_model(copy.deepcopy(model), 3, 4, recipe=replace(RECIPE, learn=learns)), IMAGES)(IMAGES)
+        calibrate(quantize_model(copy.deepcopy(model), 3, 3, recipe=replace(RECIPE, learn=learns)), images[:16])(images)
         for learns in (False, True)
     )
-    assert (learned - expected).square().mean() < 0.8 * (best - expected).square().mean()
+    for some in (slice(16), slice(16, None)):
+        errors = [(logits[some] - expected[some]).square().mean() for logits in (best, learned)]
+        assert errors[1] < 0.8 * errors[0]
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def test_rounding_is_the_usual_one_with_a_gradient(zero_point, grid):
     torch.testing.assert_close(rounded, fake_quantize_(x.detach().clone(), scale, zero_point, grid))
     to_x, to_scale = torch.autograd.grad(rounded.sum(), (x, log_scale))
     codes = x.detach() / scale + zero_point
-    inside = (codes.round() >= grid[0]) & (codes.round() <= grid[1])
+    inside = (codes >= grid[0]) & (codes <= grid[1])
     torch.testing.assert_close(to_x, inside.double())
     # Esser et al., equation 3, times the scale, as its logarithm is learned; clipped values follow the end of the grid
     by_value = torch.where(inside, codes.round() - codes, codes.clamp(*grid) - zero_point)
@@ -146,17 +147,17 @@ def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
     step = part.step
 
     def interrupted(number):
-        if number == 11:
+        if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(number)
 
     part.step = interrupted
-    with pytest.raises(Stopped, match="interrupted at step 12"):
+    with pytest.raises(Stopped, match="interrupted at step 2"):
         learn(part, tmp_path / "part")
     with pytest.raises(InputError, match="of another run"):
         learn(other, tmp_path / "part")
     numbers, step = [], rest.step
     rest.step = lambda number: (numbers.append(number), step(number))[1]
     learn(rest, tmp_path / "part")
-    assert numbers == list(range(12, Student.total))
+    assert numbers == list(range(2, Student.total))
     assert all(torch.equal(tensor, rest.tensors[name]) for name, tensor in whole.tensors.items())

@@ -1,11 +1,28 @@
-"""Ranges by squared error against a search that tries everything on the values themselves."""
+"""Ranges by the error of the logits, against that error as it is measured, and as it is defined."""
+
+import copy
+import math
 
 import pytest
 import torch
 
-from quant.modules import QuantAct
+from quant import quantize_model
+from quant.convert import forward, observing
+from quant.modules import QuantAct, named_activations
 from quant.quantizers import fake_quantize_
-from quant.ranges import BINS, range_errors, search_range, search_ranges
+from quant.ranges import (
+    BINS,
+    FACTORS,
+    SAMPLES,
+    range_errors,
+    search_range,
+    search_ranges,
+    slope_histogram,
+    slope_histograms,
+)
+from quant.recipes import INPUTS
+
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def observed(x, bits, symmetric=False):
@@ -14,46 +31,94 @@ def observed(x, bits, symmetric=False):
     return act
 
 
-def squared_error(act, x):
-    return (fake_quantize_(x.clone(), *act.fit(act.low, act.high), act.grid) - x).square().sum().item()
+def error(act, x, g):
+    """Sum over the samples of (g e)^2."""
+    rounded = fake_quantize_(x.clone(), *act.fit(act.low, act.high), act.grid)
+    return (g * (rounded - x)).flatten(1).sum(1).square().sum().item()
 
 
-def count(act, x):
-    return torch.histc(x, BINS, act.low.item(), act.high.item())
+def middles(act):
+    return act.low + (act.high - act.low) / BINS * (torch.arange(BINS) + 0.5)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("shape", ["normal", "outlier", "gelu", "softmax"])
 def test_a_searched_range_costs_hardly_more_than_the_best(shape, bits, symmetric):
     torch.manual_seed(0)
-    x = torch.randn(20000)
-    x = {
-        "normal": x,
-        "outlier": torch.cat([x, torch.tensor([30.0])]),
-        "gelu": torch.nn.functional.gelu(2 * x),
-        "softmax": (3 * x).view(-1, 50).softmax(-1).flatten(),
-    }[shape]
+    x = torch.randn(64, 500)
+    x[0, 0] = 30.0 if shape == "outlier" else 3.0
+    x = {"gelu": torch.nn.functional.gelu(2 * x), "softmax": (3 * x).view(64, 10, 50).softmax(-1)}.get(shape, x)
+    g = torch.randn(64, *[1] * (x.ndim - 1)) + torch.randn_like(x)  # a part that errors share, and one of each value
     act = observed(x, bits, symmetric)
     seen, errors = (act.low, act.high), []
-    for low in torch.arange(10, 101, 3) / 100:
-        for high in torch.arange(10, 101, 3) / 100:
+    for low in FACTORS[::3]:
+        for high in FACTORS[::3]:
             act.low, act.high = seen[0] * low, seen[1] * high
-            errors.append(squared_error(act, x))
+            errors.append(error(act, x, g))
     act.low, act.high = seen
-    act.low, act.high = search_range(act, count(act, x))
+    act.low, act.high = search_range(act, slope_histogram(act, x, g, 64))
     assert act.low.abs() <= seen[0].abs() and act.low < act.high <= seen[1]
-    assert squared_error(act, x) < 1.1 * min(errors)
+    assert error(act, x, g) < min(1.5 * min(errors), errors[0])
+
+
+def test_errors_that_add_up_cost_more_than_those_that_cancel():
+    """Of the same values, the best range is another one."""
+    x = torch.rand(100, 1000) ** 4
+    act = observed(x, 3)
+    adding, cancelling = torch.ones_like(x), torch.randn_like(x)
+    high = [search_range(act, slope_histogram(act, x, g, 100))[1].item() for g in (adding, cancelling)]
+    for end, g in zip(high, (adding, cancelling), strict=True):
+        act.high = torch.tensor(end)
+        mine = error(act, x, g)
+        act.high = torch.tensor(high[0] + high[1] - end)
+        assert mine < error(act, x, g)
 
 
 def test_errors_from_a_histogram_are_those_of_the_values():
-    x = torch.randn(50000)
+    x, g = torch.randn(4, 20000), torch.rand(4, 20000)
     act = observed(x, 4)
-    width = (act.high - act.low) / BINS
-    values = act.low + width * (torch.arange(BINS) + 0.5)
-    error = range_errors(act, act.low[None] / 2, act.high[None] / 2, values, count(act, x))
-    act.low, act.high = act.low / 2, act.high / 2
-    assert error.item() == pytest.approx(squared_error(act, x), rel=0.01)
+    slopes = slope_histogram(act, x, g, 4)
+    torch.testing.assert_close(slopes.sum(1), g.sum(1))
+    found = range_errors(act, act.low[None] / 2, act.high[None] / 3, middles(act), slopes)
+    act.low, act.high = act.low / 2, act.high / 3
+    assert found.item() == pytest.approx(error(act, x, g), rel=0.02)
+
+
+def test_what_a_range_costs_is_what_the_logits_are_off(model):
+    """One quantizer alone, 6 bits: the prediction to first order against the model itself."""
+    quantize_model(model, 16, 6, recipe=INPUTS)
+    with observing(model), torch.no_grad():
+        expected = forward(model, IMAGES, 32)
+    for act, slopes in slope_histograms(model, IMAGES, 3).items():
+        assert slopes.shape == (SAMPLES, BINS)
+        told = range_errors(act, act.low[None] * 0.9, act.high[None] * 0.9, middles(act), slopes)
+        trial = copy.deepcopy(act)
+        act.low, act.high = act.low * 0.9, act.high * 0.9
+        act.freeze()
+        with torch.no_grad():
+            measured = (forward(model, IMAGES, 32) - expected).square().sum()
+        act.low, act.high, act.scale, act.zero_point = trial.low, trial.high, None, None
+        assert told.item() * len(IMAGES) / SAMPLES == pytest.approx(measured.item(), rel=0.6)
+
+
+def test_a_search_lowers_the_error_of_the_logits_and_leaves_no_hooks(model):
+    quantize_model(model, 16, 4, recipe=INPUTS)
+    with observing(model), torch.no_grad():
+        expected = forward(model, IMAGES, 32)
+    acts, errors = [act for _, act in named_activations(model)], []
+    for searched in (False, True):
+        if searched:
+            search_ranges(model, IMAGES, 32)
+        for act in acts:
+            act.freeze()
+        with torch.no_grad():
+            errors.append((forward(model, IMAGES, 32) - expected).square().mean().item())
+        for act in acts:
+            act.scale = act.zero_point = None
+    assert errors[1] < 0.7 * errors[0]
+    assert not any(act._forward_pre_hooks for act in acts)
+    assert all(parameter.grad is None for parameter in model.parameters()) and not IMAGES.requires_grad
 
 
 def test_every_quantizer_of_a_model_is_searched_but_those_in_float():
@@ -61,14 +126,22 @@ def test_every_quantizer_of_a_model_is_searched_but_those_in_float():
         def __init__(self):
             super().__init__()
             self.first, self.second, self.third = QuantAct(4), QuantAct(16), QuantAct(4)
+            self.scale = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x):
-            return self.third(0 * self.second(self.first(x)))  # a constant has no range to narrow
+            return self.third(self.scale * self.second(self.first(x)))  # a constant has no range to narrow
 
-    model, batches = Model(), torch.cat([torch.randn(999), torch.tensor([50.0])]).split(250)
-    for act in (model.first, model.second):
-        [act.observe(batch) for batch in batches]
-    model.third.observe(torch.zeros(1))
-    search_ranges(model, lambda: [model(batch) for batch in batches])
+    model, x = Model(), torch.cat([torch.randn(999), torch.tensor([50.0])]).view(20, 50)
+    for act, seen in ((model.first, x), (model.second, x), (model.third, torch.zeros(1))):
+        act.observe(seen)
+    model.scale.data.fill_(1.0)
+    search_ranges(model, x, 7)
     assert model.first.high < 50 and model.second.high == 50 and model.third.high == 0
-    assert not model.first._forward_pre_hooks
+
+
+def test_samples_are_as_many_for_any_number_of_images(vit):
+    quantize_model(vit, 16, 4, recipe=INPUTS)
+    with observing(vit), torch.no_grad():
+        forward(vit, IMAGES, 32)
+    counts = {len(slopes) for slopes in slope_histograms(vit, IMAGES[:7], 2).values()}
+    assert counts == {7 * math.ceil(SAMPLES / 7)}
