@@ -139,11 +139,8 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
             cells = {(row["w_bit"], row["a_bit"]): recipe_cell(row) for row in some if row["recipe"] == recipe}
             lines.append(f"| {recipe} |" + "".join(f" {cells.get(pair, '-')} |" for pair in bits))
         last = some[-1]
-        numbers = {
-            name: _all_of([row for row in some if row["recipe"] == name], "calibration_images") for name in RECIPES
-        }
-        more = f" ({numbers['learned']} for learned)" * bool(numbers["learned"])
-        about = f"{last['n']} images, seed {seed}, {numbers['paper']} generated images{more}; "
+        calibrated = _all_of(some, "calibration_images").replace(", ", " or ")
+        about = f"{last['n']} images, seed {seed}, {calibrated} generated images; "
         about += f"{last['device']}, torch {last['torch']}, timm {last['timm']}."
         tables.append("\n".join([*lines, "", about]))
     return "\n\n".join([kept_table(rows), *tables])
