@@ -79,7 +79,9 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
     for call in (vendors.OURS, vendors.BEST):
         path, _ = call(demo, draw_noise(4, (64, 64), 0), tmp_path)
         first, second = (vendors.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
-        assert (first.argmax(1) == second.argmax(1)).all() and (first - second).norm() / first.norm() < 0.05
+        with torch.no_grad():
+            noise = (first - demo.model(images)).norm()
+        assert (first - second).norm() < 0.5 * noise  # their best classes may tie, as logits are on a grid
 
 
 def call(monkeypatch, *arguments):
