@@ -185,20 +185,21 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
         return "Not run yet."
     usual = [row for row in rows if row["calibration_images"] == CALIBRATION_IMAGES]
     lines = [
-        "| model (float top-1) | toolkit | runtime | MB | " + " | ".join(KINDS) + " |",
+        "| model (float top-1, images) | toolkit | runtime | MB | " + " | ".join(KINDS) + " |",
         "|---" * (4 + len(KINDS)) + "|",
     ]
-    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in usual):
+    for model, toolkit in models_and_toolkits(usual):
         some = [row for row in usual if (row["model"], row["toolkit"]) == (model, toolkit)]
         cells = [toolkit_cell([row for row in some if row["images"] == kind]) for kind in KINDS]
         sizes = [int(row["bytes"]) for row in some if row["bytes"]]
         size = f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "-"
-        name = f"{model} ({float(some[0]['float_top1']):.2f})"
+        counts = _all_of([row for row in usual if row["model"] == model and row["n"]], "n")
+        name = f"{model} ({float(some[0]['float_top1']):.2f}, {counts})"
         lines.append(f"| {name} | {toolkit} | {some[0]['runtime']} | {size} | {' | '.join(cells)} |")
     errors = dict.fromkeys((row["model"], row["toolkit"], row["error"]) for row in rows if row["error"])
     failed = [f"- {toolkit} on {model} failed: `{error}`" for model, toolkit, error in errors]
     seeds = {row["seed"] for row in usual}
-    about = f"Top-1 in percent on {_all_of(usual, 'n')} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    about = f"Top-1 in percent, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     about += f"{', mean and standard deviation' * (len(seeds) > 1)}; {CALIBRATION_IMAGES} calibration images; "
     versions = ", ".join(sorted({part for row in rows for part in row["versions"].split(", ")}))
     about += f"{_all_of(usual, 'device')}; {versions}."
@@ -209,16 +210,25 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
 def number_table(rows: list[dict[str, str]]) -> str:
     """Top-1 by the number of generated images, where more than one was tried."""
     rows = [row for row in rows if row["images"] == "generated"]
+    others = {(row["model"], row["toolkit"]) for row in rows if row["calibration_images"] != CALIBRATION_IMAGES}
+    rows = [row for row in rows if (row["model"], row["toolkit"]) in others]
     numbers = sorted({int(row["calibration_images"]) for row in rows})
-    if len(numbers) < 2:
+    if not numbers:
         return ""
     lines = ["| generated images | toolkit |" + "".join(f" {number} |" for number in numbers)]
     lines.append("|---" * (2 + len(numbers)) + "|")
-    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in rows):
+    for model, toolkit in models_and_toolkits(rows):
         some = [row for row in rows if (row["model"], row["toolkit"]) == (model, toolkit)]
         cells = [toolkit_cell([row for row in some if row["calibration_images"] == str(n)]) for n in numbers]
         lines.append(f"| {model} | {toolkit} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def models_and_toolkits(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Each pair once: a model's together, and toolkits in one order, that of their first rows."""
+    models, toolkits = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "toolkit"))
+    pairs = {(row["model"], row["toolkit"]) for row in rows}
+    return sorted(pairs, key=lambda pair: (models.index(pair[0]), toolkits.index(pair[1])))
 
 
 def toolkit_cell(rows: list[dict[str, str]]) -> str:
@@ -294,7 +304,7 @@ def latency_table(rows: list[dict[str, str]]) -> str:
     cases = list(dict.fromkeys((row["threads"], row["batch"]) for row in rows if not row["error"]))
     heads = [f"{threads} thread{'s' * (threads != '1')}, batch {batch}" for threads, batch in cases]
     lines = ["| model | toolkit | runtime | " + " | ".join(heads) + " |", "|---" * (3 + len(cases)) + "|"]
-    for model, toolkit in dict.fromkeys((row["model"], row["toolkit"]) for row in rows):
+    for model, toolkit in models_and_toolkits(rows):
         some = [row for row in rows if (row["model"], row["toolkit"]) == (model, toolkit)]
         found = {
             (row["threads"], row["batch"]): (float(row["ms"]), float(row["float_ms"])) for row in some if row["ms"]

@@ -7,7 +7,7 @@ as it chooses it. All of them have int8 weights with a scale for each output cha
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.saved import export_onnx
 from quant import RECIPES, calibrate, quantize_model
 from quant.onnx import INPUT
+from quant.recipes import Recipe
 from scripts.evaluate_onnx import open_session
 
 Predict = Callable[[Tensor], Tensor]  # from images (B, 3, H, W) to logits (B, classes)
@@ -62,9 +63,9 @@ class Toolkit:
         return ", ".join(f"{name} {version(name)}" for name in names)
 
 
-def quantize_ours(source: FloatModel, images: Tensor, folder: Path, recipe: str) -> tuple[Path, list[Path]]:
+def quantize_ours(source: FloatModel, images: Tensor, folder: Path, recipe: Recipe) -> tuple[Path, list[Path]]:
     """This project: calibrated, and exported to ONNX."""
-    quantized = calibrate(quantize_model(copy.deepcopy(source.model), recipe=RECIPES[recipe]), images)
+    quantized = calibrate(quantize_model(copy.deepcopy(source.model), recipe=recipe), images)
     export_onnx(folder / "int8.onnx", quantized, source.name)
     return folder / "int8.onnx", [folder / "int8.onnx"]
 
@@ -193,16 +194,19 @@ RUNTIMES: dict[str, Callable[[Program, int], Predict]] = {
 FAST = {**RUNTIMES, "torch": open_inductor}
 del FAST["simulation"]
 
-OURS, BEST = partial(quantize_ours, recipe="paper"), partial(quantize_ours, recipe="best")
+OURS, BEST = (partial(quantize_ours, recipe=RECIPES[name]) for name in ("paper", "best"))
+BEST_SYMMETRIC = partial(quantize_ours, recipe=replace(RECIPES["best"], symmetric=True))
 _ORT = {"onnxruntime": "onnxruntime", "onnx": "onnx", "onnxscript": "onnxscript"}
 _OPENVINO = {"openvino": "openvino", "onnx": "onnx", "onnxscript": "onnxscript"}
 _NNCF = {"nncf": "nncf", **_OPENVINO}
 TOOLKITS = {
     "ours": Toolkit(OURS, "onnxruntime", _ORT),
     "ours-best": Toolkit(BEST, "onnxruntime", _ORT),
+    "ours-best-symmetric": Toolkit(BEST_SYMMETRIC, "onnxruntime", _ORT),
     "ort": Toolkit(quantize_onnxruntime, "onnxruntime", _ORT),
     "ours-openvino": Toolkit(OURS, "openvino", _OPENVINO),
     "ours-best-openvino": Toolkit(BEST, "openvino", _OPENVINO),
+    "ours-best-symmetric-openvino": Toolkit(BEST_SYMMETRIC, "openvino", _OPENVINO),
     "nncf": Toolkit(partial(quantize_nncf, smooth_quant=True), "openvino", _NNCF),
     "nncf-no-smoothquant": Toolkit(partial(quantize_nncf, smooth_quant=False), "openvino", _NNCF),
     "torchao": Toolkit(quantize_torchao, "torch", {"torchao": "torchao"}),

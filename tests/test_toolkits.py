@@ -79,7 +79,9 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
     for call in (vendors.OURS, vendors.BEST):
         path, _ = call(demo, draw_noise(4, (64, 64), 0), tmp_path)
         first, second = (vendors.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
-        assert (first.argmax(1) == second.argmax(1)).all() and (first - second).norm() / first.norm() < 0.05
+        with torch.no_grad():
+            noise = (first - demo.model(images)).norm()
+        assert (first - second).norm() < 0.5 * noise  # their best classes may tie, as logits are on a grid
 
 
 def call(monkeypatch, *arguments):
@@ -166,6 +168,7 @@ def test_tables_have_a_line_for_what_was_not_run():
     row = dict.fromkeys(toolkits.COLUMNS, "") | {
         "model": "m",
         "toolkit": "t",
+        "n": "50",
         "float_top1": "70",
         "images": "generated",
     }
@@ -173,6 +176,7 @@ def test_tables_have_a_line_for_what_was_not_run():
         row | {"calibration_images": str(n), "top1": str(60 + n), "seed": str(seed)} for n in (8, 32) for seed in (0, 1)
     ]
     rows[-1]["top1"] = "94"
-    text = tables.toolkits_table(rows)
-    assert "| m (70.00) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
+    text = tables.toolkits_table([*rows, row | {"toolkit": "u", "calibration_images": "32", "top1": "1", "seed": "0"}])
+    assert "| m | u |" not in text  # one number of images is no comparison
+    assert "| m (70.00, 50) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
     assert "| m | t | 68.00 ± 0.00 | 93.00 ± 1.41 |" in text and "2 seeds, mean and standard deviation" in text
