@@ -38,8 +38,8 @@ def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--skip-layers", nargs="+", default=[], metavar="PATTERN", help=skip)
     group = parser.add_argument_group("calibration images")
     add = group.add_argument
-    counts = f"{PAPER.images}; {LEARNED.images} with --recipe learned"
-    add("--calib-batchsize", type=positive, metavar="N", help=f"images to generate and calibrate with ({counts})")
+    counts = f"images to generate and calibrate with, {LEARNED.images} for --recipe learned ({PAPER.images})"
+    add("--calib-batchsize", type=positive, metavar="N", help=counts)
     add_steps_and_seed(group)
     add("--images", type=Path, metavar="FILE", help="images of an earlier run or of generate_data.py, not new ones")
     group = parser.add_argument_group("model files")
