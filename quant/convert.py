@@ -151,7 +151,7 @@ def calibrate(
 
 
 def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
-    """Observe, search and round, in one pass over the images each; returns the model, calibrated."""
+    """Observe and search ranges, then round the weights; returns the model, calibrated."""
     recipe, run = model.recipe, partial(forward, model, images, batch_size)
     with observing(model):
         run()

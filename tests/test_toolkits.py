@@ -81,7 +81,8 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
         first, second = (vendors.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
         with torch.no_grad():
             noise = (first - demo.model(images)).norm()
-        assert (first - second).norm() < 0.5 * noise  # their best classes may tie, as logits are on a grid
+        # Not the best classes, which may tie, as logits are on a grid
+        assert (first - second).norm() < min(0.05 * first.norm(), 0.5 * noise)
 
 
 def call(monkeypatch, *arguments):
