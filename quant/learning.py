@@ -8,6 +8,7 @@ section 2.1). Weights are learned in units of their scales, which stay, so that 
 
 import math
 import re
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -135,14 +136,10 @@ def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tenso
 def block_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """What every block gives, in order, and last what the model gives."""
     outputs: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda block, inputs, output: outputs.append(output))
-        for name, module in model.named_modules()
-        if re.fullmatch(r"(layers\.\d+\.)?blocks\.\d+", name)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if re.fullmatch(r"(layers\.\d+\.)?blocks\.\d+", name):
+                hook = module.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+                hooks.enter_context(hook)
         logits = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [*outputs, logits]

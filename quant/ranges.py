@@ -11,6 +11,7 @@ had to do with each other; the squared error of the tensor (OMSE) has all g alik
 """
 
 import math
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -47,17 +48,15 @@ def slope_histograms(model: nn.Module, images: Tensor, batch_size: int) -> dict[
             x = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
             inputs[0].register_hook(lambda g: rows[act].append(slope_histogram(act, x, g, len(batch))))
 
-    hooks = [act.register_forward_pre_hook(watch) for act in acts]
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    try:
+    with ExitStack() as hooks:
+        for act in acts:
+            hooks.enter_context(act.register_forward_pre_hook(watch))
         for _ in range(math.ceil(SAMPLES / len(images))):
             for batch in images.to(device).split(batch_size):
                 logits = model(batch.requires_grad_())
                 r = torch.randn(logits.shape, generator=generator).to(device)
                 torch.autograd.grad(logits, batch, r)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {act: torch.cat(some) for act, some in rows.items() if some}
 
 

@@ -6,6 +6,7 @@ the Cholesky factor of H^-1 says how each error spreads over the columns that ar
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -83,12 +84,10 @@ def input_moments(layers: Mapping[str, nn.Module], run: Callable[[], object]) ->
         rows = as_rows(layer, inputs[0])
         moments[name] = moments.get(name, 0) + rows.T @ rows
 
-    hooks = [layer.register_forward_pre_hook(partial(add, name=name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(add, name=name)))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return moments
 
 

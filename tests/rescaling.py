@@ -1,10 +1,12 @@
-"""The same function with outliers: a model's channels rescaled, so that no float logit moves and min-max breaks.
+"""The same function with outliers: channels rescaled, or tokens shifted, so that no float logit moves.
 
 As large channels are what real vision transformers have, and small ones trained for an hour do not, this is the
 property that a recipe is tested on.
 """
 
 import torch
+
+from quant.learning import block_outputs
 
 LARGEST = 100.0
 
@@ -31,4 +33,15 @@ def rescale(model, seed=0, largest=LARGEST):
         block.attn.qkv.weight[values] *= scale[:, None]
         block.attn.qkv.bias[values] *= scale
         block.attn.proj.weight.div_(scale)
+    return model
+
+
+@torch.no_grad()
+def shift_tokens(model, images, deviations=30.0):
+    """Add to all channels of one token in thirty what is `deviations` of the residual stream's standard deviations.
+
+    A token's own mean is what every layer norm takes away, so nothing else of the stream could be shifted.
+    """
+    tokens = model.pos_embed[:, ::30]
+    tokens += deviations * block_outputs(model, images)[0].std()
     return model

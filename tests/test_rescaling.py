@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rescaling import rescale
+from rescaling import rescale, shift_tokens
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models.zoo import build_model
@@ -32,6 +32,18 @@ def test_outliers_break_the_paper_and_not_the_best_recipe(name):
     assert error(model, logits, PAPER) > 4 * error(model, logits, BEST)
     assert error(model, logits, INPUTS) > 2 * error(model, logits, BEST)
     assert error(model, logits, BEST) < 1.5 * plain
+
+
+@torch.no_grad()
+def test_tokens_that_stand_out_break_the_paper_and_not_the_placement_on_inputs():
+    model = build_model("demo_vit")
+    logits = model(IMAGES)
+    plain = {recipe: error(model, logits, recipe) for recipe in (PAPER, INPUTS, BEST)}
+    shift_tokens(model, IMAGES)
+    torch.testing.assert_close(model(IMAGES), logits, rtol=1e-3, atol=1e-3)
+    assert error(model, logits, PAPER) > 2 * plain[PAPER]
+    for recipe in (INPUTS, BEST):
+        assert error(model, logits, recipe) < 1.1 * plain[recipe]
 
 
 @torch.no_grad()

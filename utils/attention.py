@@ -1,7 +1,7 @@
 """What the layers of a timm model put out, its attention above all, read without altering the model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,10 @@ def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
         return layer.proj.register_forward_pre_hook(keep)
 
-    handles = [hook(layer) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(hook(layer))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -56,13 +54,11 @@ def where_not_finite(model: nn.Module, images: Tensor) -> str:
     def hook(name: str) -> Callable:
         return lambda layer, inputs, output: None if output.isfinite().all() else names.append(name)
 
-    layers = [(name, layer) for name, layer in model.named_modules() if not any(layer.children())]
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if not any(layer.children()):
+                hooks.enter_context(layer.register_forward_hook(hook(name)))
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
 
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,10 @@ def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Te
     def keep(name: str) -> Callable:
         return lambda module, inputs, output: outputs.__setitem__(name, output.float().flatten().cpu())
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 
