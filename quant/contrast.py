@@ -1,7 +1,9 @@
-"""Contrast: a photograph spans the whole range of pixels, and a generated image often does not.
+"""Contrast: what photographs are known to have, and generated images lack.
 
-Total variation pulls generated images towards grey, and ranges that are recorded on them then clip photographs from the
-first layer on. How wide a pixel's range is needs no data: each image is stretched to it before it calibrates.
+Total variation pulls generated images towards grey, and their mean hardly differs from one to the next; ranges that are
+recorded on them clip photographs from the first layer on. Two facts need no data. A photograph spans the whole range of
+pixels. And its amplitudes fall as 1/f (Field, 1987, J. Opt. Soc. Am. A 4, 2379): what is strongest in it are slow
+changes of light.
 """
 
 from collections.abc import Sequence
@@ -24,3 +26,20 @@ def stretch(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     pixels = images * std + mean
     low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(low < high, ((pixels - low) / (high - low) - mean) / std, images)
+
+
+def shade(images: Tensor, mean: Sequence[float], std: Sequence[float], seed: int = 0) -> Tensor:
+    """Lay slow changes of light and colour, as strong as the images are, over each of them, and stretch it again.
+
+    Args:
+        images, mean, std: as of `stretch`.
+
+    Returns:
+        The same shape: the images with pink noise, whose amplitudes fall as 1/f, other noise for each channel.
+    """
+    height, width = images.shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width))
+    frequency[0, 0] = 1 / max(height, width)  # the mean differs as much as the slowest wave
+    white = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    pink = torch.fft.ifft2(torch.fft.fft2(white) / frequency).real.to(images)
+    return stretch(images + pink * (images.std() / pink.std()), mean, std)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quant import modules
 from quant.balance import balance
-from quant.contrast import stretch
+from quant.contrast import shade, stretch
 from quant.families import SWAPS, check_supported, untouched
 from quant.learning import Student
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
@@ -136,9 +136,11 @@ def calibrate(
     if not len(images):
         raise ValueError("calibrate expects at least one image")
     recipe = model.recipe
+    config = resolve_model_data_config(model)
     if recipe.stretch:
-        config = resolve_model_data_config(model)
         images = stretch(images, config["mean"], config["std"])
+    if recipe.shade:
+        images = torch.cat([images, shade(images, config["mean"], config["std"])])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
     if not recipe.learn or set(quantizer_bits(model).values()) == {FLOAT_BITS}:
@@ -183,9 +185,9 @@ def choose_rotation(model: nn.Module, images: Tensor, batch_size: int) -> None:
     expected, errors = forward(model, images, batch_size), []
     for prepare in (lambda trial: None, rotate):
         trial = copy.deepcopy(model)
-        trial.recipe = replace(model.recipe, stretch=False, rotate=False, compensate=False, learn=False)
+        trial.recipe = replace(model.recipe, compensate=False)
         prepare(trial)
-        calibrate(trial, images, batch_size)
+        fit(trial, images, batch_size)
         errors.append((forward(trial, images, batch_size) - expected).square().mean().item())
     before, after = errors
     if after < before:

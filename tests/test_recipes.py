@@ -44,6 +44,15 @@ def test_ranges_are_those_of_stretched_images(vit):
     assert min(whole) - 1e-4 <= low < -0.9 and 0.9 < high <= max(whole) + 1e-4
 
 
+@torch.no_grad()
+def test_shaded_images_calibrate_beside_what_they_were(vit):
+    ranges = {}
+    for recipe in (INPUTS, replace(INPUTS, shade=True)):
+        model = calibrate(quantize_model(copy.deepcopy(vit), recipe=recipe), IMAGES.clamp(-0.1, 0.1))
+        ranges[recipe.shade] = activation_ranges(model)["act_input"]
+    assert ranges[True][0] < -1 < ranges[False][0] and ranges[True][1] > 1 > ranges[False][1]
+
+
 @pytest.mark.parametrize("helps", [True, False])
 @torch.no_grad()
 def test_a_model_is_rotated_where_that_brings_the_logits_nearer(monkeypatch, helps):
