@@ -20,7 +20,7 @@ class Recipe:
     edges: tuple[str, ...] = ()  # activations and weights that have 8 bits at least
     symmetric: bool = False  # activations without zero points
     stretch: bool = False  # quant/contrast.py: the images, before anything is calibrated on them
-    shade: bool = False  # quant/contrast.py: every image twice, as it is and shaded
+    shade: bool = False  # quant/contrast.py: some of the images a second time, shaded
     balance: bool = False  # quant/balance.py, before anything is quantized
     rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value

@@ -5,6 +5,7 @@
 #   scripts/sweep.sh cifar                         photographs: CIFAR-10, and the models that are trained on it
 #   scripts/sweep.sh precision                     the same, generated as a GPU does it: bfloat16 products, compiled
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table
+#   MODELS=NAME DATASET=DIR OPTIONS="--checkpoint FILE" scripts/sweep.sh own    a model of your own
 #
 # Rows that are there are skipped, so an interrupted sweep goes on where it stopped; a run that fails is a row with
 # its reason, and the sweep goes on. Images are generated once a model and seed, and used for all bit widths. Progress
@@ -40,8 +41,13 @@ paper)
     SEEDS=${SEEDS:-0 1 2}
     : "${DATASET:?expected DATASET=/path/to/imagenet}"
     ;;
+own)
+    : "${MODELS:?expected MODELS, names of test_quant.py}" "${DATASET:?expected DATASET=/path/to/images}"
+    BITS=${BITS:-8/8 4/8 6/6 4/4}
+    SEEDS=${SEEDS:-0 1 2}
+    ;;
 *)
-    sed -n '2,15s/^# \{0,1\}//p' "$0"
+    sed -n '2,16s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
