@@ -4,7 +4,8 @@ What rounding a tensor costs depends on where it goes: many small outputs of sof
 layer together, and errors of random sign cancel. To first order the errors e move the logits by J e, with J from the
 tensor to the logits. For r ~ N(0, I) the mean of (r J e)^2 is |J e|^2, and g = r J is one backward pass of the float
 model. An error is a function of the value, so a histogram of an image's values that counts each of them as its g tells
-g e for every range. The ends of a range are drawn in by whole percents: both, then one after the other.
+g e for every range. The lengths of g are made alike, lest a few images decide for all. The ends of a range are drawn in
+by whole percents: both, then one after the other.
 
 Fisher-weighted ranges (as in PTQ4ViT, Yuan et al., ECCV 2022) sum (g e)^2 value by value, as if no two errors
 had to do with each other; the squared error of the tensor (OMSE) has all g alike. This one is ours.
@@ -14,6 +15,7 @@ import math
 from contextlib import ExitStack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.modules import QuantAct, named_activations
@@ -34,7 +36,7 @@ def search_ranges(model: nn.Module, images: Tensor, batch_size: int) -> None:
         batch_size: images a pass.
     """
     for act, slopes in slope_histograms(model, images, batch_size).items():
-        act.low, act.high = search_range(act, slopes)
+        act.low, act.high = search_range(act, F.normalize(slopes))  # an image counts as any other, however steep it is
 
 
 @torch.enable_grad()

@@ -20,6 +20,7 @@ RESULTS = ROOT / "scripts" / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
 KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
 RECIPES = ("paper", "best", "learned")  # which users choose from
+OUTLIERS = "vit_small_patch14_dinov2"  # fine-tuned on CIFAR-10, with the outliers of a real pre-trained model
 SMALL_MODELS = ("demo_vit", "demo_swin", "cifar_vit", "cifar_swin")
 # Of scripts/steps.py, steps a round and images: one of the two varies at a time
 BY_STEPS = tuple((steps, 32) for steps in (25, 50, 100, 250, 500))
@@ -384,6 +385,7 @@ def main() -> None:
 TABLES = {
     "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
     "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
+    "dino": (partial(small_table, (OUTLIERS,), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
     "paper": (paper_table, "docs/results.md", read_rows),

@@ -139,6 +139,19 @@ def test_every_quantizer_of_a_model_is_searched_but_those_in_float():
     assert model.first.high < 50 and model.second.high == 50 and model.third.high == 0
 
 
+def test_an_image_at_which_the_logits_are_steep_counts_as_any_other(monkeypatch):
+    x = torch.randn(64, 500) ** 3
+    g, factors, found = torch.randn_like(x) + torch.randn(64, 1), torch.ones(64, 1), []
+    for factors[:3] in (1, 1000):
+        act = observed(x, 4)
+        slopes = slope_histogram(act, x, g * factors, 64)
+        monkeypatch.setattr("quant.ranges.slope_histograms", lambda *_, act=act, slopes=slopes: {act: slopes})
+        search_ranges(act, x, 64)
+        found.append((act.low.item(), act.high.item()))
+    assert found[0] == found[1]
+    assert search_range(observed(x, 4), slopes)[1].item() != found[0][1]  # as those three would have it
+
+
 def test_samples_are_as_many_for_any_number_of_images(vit):
     quantize_model(vit, 16, 4, recipe=INPUTS)
     with observing(vit), torch.no_grad():
