@@ -3,8 +3,8 @@
     python scripts/whole_runs.py --model demo_vit demo_swin
     python scripts/whole_runs.py --model deit_tiny --steps 50
 
-A model that has no weights here gets random ones, and the demo's data set: the time depends on neither. One row a run is
-appended to --rows. Data sets are there before the clock starts.
+A model that has no weights here gets random ones, and the demo's data set: the time depends on neither. One row a run
+is appended to --rows. Data sets are there before the clock starts.
 """
 
 import json
