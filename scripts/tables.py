@@ -75,6 +75,26 @@ def precision_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", provenance(rows)])
 
 
+def precision_large_table(rows: list[dict[str, str]]) -> str:
+    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision."""
+    lines = ["| model (float top-1) | bits | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
+    both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
+    seeds = len({row["seed"] for row in rows})
+    for w_bit, a_bit in bit_widths(rows):
+        top1 = [
+            [float(row["top1"]) for row in some if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit)] for some in both
+        ]
+        difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
+        cells = [spread_of(some, seeds) for some in top1]
+        lines.append(
+            f"| {model_name(rows, rows[0]['model'])} | W{w_bit}/A{a_bit} | {' | '.join(cells)} | {difference} |"
+        )
+    about = f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seed"
+    about += f"{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
+    about += f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+    return "\n".join([*lines, "", about])
+
+
 def paper_table(rows: list[dict[str, str]]) -> str:
     """The paper's table: published, re-run by others, and ours."""
     lines = [
@@ -419,6 +439,7 @@ TABLES = {
     "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
     "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
+    "precision_large_bf16": (precision_large_table, "docs/results.md", read_csv),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
     "whole_runs": (whole_runs_table, "docs/results.md", read_csv),
     "paper": (paper_table, "docs/results.md", read_rows),
