@@ -81,9 +81,7 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
     both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
     seeds = len({row["seed"] for row in rows})
     for w_bit, a_bit in bit_widths(rows):
-        top1 = [
-            [float(row["top1"]) for row in some if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit)] for some in both
-        ]
+        top1 = [[float(row["top1"]) for row in some if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit)] for some in both]
         difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
         cells = [spread_of(some, seeds) for some in top1]
         lines.append(
@@ -162,7 +160,7 @@ def onnx_rates(model: str) -> list[float | None]:
 
 def whole_runs_table(rows: list[dict[str, str]]) -> str:
     """The last run of each model: its seconds by part, from what scripts/whole_runs.py has written."""
-    parts = ("import", "build", "quantize", "images", "calibrate", "evaluate", "rest", "total")
+    parts = ("start", "build", "quantize", "images", "calibrate", "evaluate", "total")
     lines = [f"| model | precision | steps | images evaluated | {' | '.join(parts)} |", "|---" * (4 + len(parts)) + "|"]
     for row in {row["model"]: row for row in rows}.values():
         cells = [

@@ -31,18 +31,9 @@ from utils.run.options import Parser, pick_device, positive
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "scripts" / "results" / "whole_runs.csv"
 STAGES = ("build", "quantize", "images", "calibrate", "evaluate")
-PARTS = ("import", *STAGES, "rest")  # of the total; the rest is arguments, files, and the end of the process
+PARTS = ("start", *STAGES)  # of the total; the first is all that is in no stage: imports, and files at the end
 COLUMNS = ("model", "precision", "steps", "calibration_images", "n", *(f"{part}_s" for part in (*PARTS, "total")))
 COLUMNS = (*COLUMNS, *ORIGIN)
-
-
-def seconds_of(*command: str) -> float:
-    """Of a Python process from its start to its end, which has to be a good one."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return time.perf_counter() - start
 
 
 def save_random(name: str, path: Path) -> None:
@@ -65,10 +56,14 @@ def whole_run(name: str, options: list[str]) -> dict:
             weights = Path(folder) / "random.safetensors"
             save_random(name, weights)
             command += ["--checkpoint", str(weights), "--dataset", "demo"]
-        total, imports = seconds_of(*command), seconds_of("-c", "import test_quant")
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        total = time.perf_counter() - start
+        if done.returncode:
+            raise InputError(f"{' '.join(command)}: {done.stderr.strip()}")
         results = json.loads((Path(folder) / "run" / "results.json").read_text())
-    seconds = {"import": imports} | {stage: results["seconds"][stage] for stage in STAGES}
-    seconds |= {"rest": total - sum(seconds.values()), "total": total}
+    seconds = {stage: results["seconds"][stage] for stage in STAGES}
+    seconds |= {"start": total - sum(seconds.values()), "total": total}
     row = {key: results[key] for key in ("model", "precision", "calibration_images", "n")}
     row |= {"steps": results["options"]["steps"]}
     return row | {f"{part}_s": round(value, 2) for part, value in seconds.items()}
