@@ -77,6 +77,8 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 
 def precision_large_table(rows: list[dict[str, str]]) -> str:
     """A larger model, of which scripts/ablation.py has measured images that were generated in either precision."""
+    if not rows:
+        return "Not run yet."
     lines = ["| model (float top-1) | bits | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
     both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
     seeds = len({row["seed"] for row in rows})
