@@ -10,9 +10,10 @@ bare           one forward and one backward pass of the frozen timm model, to th
 step           one whole step of image generation
 transcription  a step with the formulas as one would write them down first (tests/oracle.py), all gradients on
 peak memory    of each of the first two, in a process of its own: resident on a CPU, allocated on a GPU
-evaluation     images a second of the float and of the quantized model, in float32
+evaluation     images a second of the float model, and of the quantized one, whose products are float32's
 generation     with --steps: seconds for a batch from the first step to the last, compilation in it, and for one more
 
+On a CPU the bare model, too, keeps the memory that it frees, as generation does.
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription of all precisions
 take turns, so that a slow minute of the machine is every one's, and ratios are the medians of the rounds'.
 """
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
+CASE = ("model", "device", "batch", "precision", "mode")  # what a row is of
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
@@ -46,9 +48,10 @@ from utils.evaluate import fuse_rounding
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH
 from utils.run.compilation import REPEATED, compiled_when_called
-from utils.run.environment import device_name, versions
+from utils.run.environment import commit, device_name, versions
 from utils.run.errors import exit_cleanly
 from utils.run.files import check_writable, write_json
+from utils.run.memory import freed_memory_kept
 from utils.run.optimisation import Optimisation
 from utils.run.options import Parser, pick_device, positive
 from utils.run.precision import PRECISIONS, float32_products, model_products
@@ -73,7 +76,7 @@ def main() -> None:
     add("--rounds", type=positive, default=11, metavar="N", help="timings of each, after two to warm up (11)")
     add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
     add("--steps", type=positive, metavar="N", help="time the generation of two batches, 2 x N steps each (do not)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, in place of older ones of the same case")
     add("--peak", choices=["bare", "step"], help=argparse.SUPPRESS)  # measure the memory of one, in this process
     options = parser.parse_args()
     device = pick_device(options.device)
@@ -96,7 +99,17 @@ def main() -> None:
             figures = ["not run" if row[column] is None else format(row[column], ".2f") for row in rows]
             print(f"  {column:<18}" + "".join(f"{figure:>10}" for figure in figures))
     if options.json:
-        write_json(options.json, [row for rows in models for row in rows])
+        write_json(options.json, updated(options.json, [row for rows in models for row in rows]))
+
+
+def updated(path: Path, rows: list[dict]) -> list[dict]:
+    """The rows of a file, if it is there, and new ones, which take the place of those of the same case; models in order
+    of their first rows.
+    """
+    old = json.loads(path.read_text()) if path.exists() else []
+    found = {tuple(row[key] for key in CASE): row for row in [*old, *rows]}
+    names = list(dict.fromkeys(row["model"] for row in found.values()))
+    return sorted(found.values(), key=lambda row: names.index(row["model"]))
 
 
 def of_precision(options: argparse.Namespace, precision: str) -> argparse.Namespace:
@@ -108,7 +121,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
     """All figures of one model: a row a precision."""
     kinds = ("bare", "step") if options.no_transcription else ("bare", "step", "transcription")
     wanted = [("fp32", "bare")] + [(precision, kind) for precision in options.precision for kind in kinds]
-    with ExitStack() as contexts:
+    with freed_memory_kept(), ExitStack() as contexts:
         steps = {}
         for precision, kind in dict.fromkeys(wanted):
             step = step_of(kind, name, of_precision(options, precision), device, contexts)
@@ -145,12 +158,13 @@ def row_of(name: str, times: dict, throughput: dict, options: argparse.Namespace
         "speedup": transcription and transcription / step,
         "peak_mb": peaks["step"],
         "bare_peak_mb": peaks["bare"],
-        "float_images_per_s": throughput["float"],
+        "float_images_per_s": throughput[options.precision],
         "quant_images_per_s": throughput["quantized"],
         "steps": options.steps and 2 * options.steps,
         "generation_cold_s": cold,
         "generation_warm_s": warm,
         "threads": torch.get_num_threads(),
+        "commit": commit(),
         "versions": versions(),
     }
 
@@ -230,17 +244,22 @@ def take_turns(steps: dict[Hashable, Callable], rounds: int, device: torch.devic
 
 
 def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Images a second of the float and the quantized model (W8/A8), in float32."""
+    """Images a second of the float model in each precision, and of the quantized model (W8/A8), in float32."""
     torch.manual_seed(0)
-    models = {"float": build_model(name, pretrained=False).to(device)}
+    model = build_model(name, pretrained=False).to(device)
     size = options.eval_batch or (CPU_BATCH if device.type == "cpu" else 200)
-    images = torch.randn(size, 3, *models["float"].patch_embed.img_size, device=device)
-    models["quantized"] = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
+    images = torch.randn(size, 3, *model.patch_embed.img_size, device=device)
+    quantized = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
     if options.compile:
-        fuse_rounding(models["quantized"])
-    with torch.inference_mode(), float32_products():
-        passes = {kind: partial(model, images) for kind, model in models.items()}
-        seconds = take_turns(passes, options.rounds, device)
+        fuse_rounding(quantized)
+
+    @torch.inference_mode()
+    def forward(model: nn.Module, precision: str) -> None:
+        with float32_products(tf32=precision == "tf32"), model_products(precision, device):
+            model(images)
+
+    passes = {precision: partial(forward, model, precision) for precision in options.precision}
+    seconds = take_turns(passes | {"quantized": partial(forward, quantized, "fp32")}, options.rounds, device)
     return {kind: size / statistics.median(values) for kind, values in seconds.items()}
 
 
@@ -273,7 +292,7 @@ def peak_in_process(kind: str, name: str, options: argparse.Namespace) -> float:
 def peak_memory(options: argparse.Namespace, device: torch.device) -> float:
     """What three steps add to the memory of this process, at most, in MB."""
 
-    with ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
+    with freed_memory_kept(), ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
         step = step_of(options.peak, options.model[0], options, device, contexts)
         before = 0.0
         if device.type == "cpu":

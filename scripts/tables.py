@@ -76,6 +76,26 @@ def precision_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", provenance(rows)])
 
 
+def precision_large_table(rows: list[dict[str, str]]) -> str:
+    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision."""
+    if not rows:
+        return "Not run yet."
+    lines = ["| model (float top-1) | bits | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
+    both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
+    seeds = len({row["seed"] for row in rows})
+    for w_bit, a_bit in bit_widths(rows):
+        top1 = [[float(row["top1"]) for row in some if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit)] for some in both]
+        difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
+        cells = [spread_of(some, seeds) for some in top1]
+        lines.append(
+            f"| {model_name(rows, rows[0]['model'])} | W{w_bit}/A{a_bit} | {' | '.join(cells)} | {difference} |"
+        )
+    about = f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seed"
+    about += f"{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
+    about += f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+    return "\n".join([*lines, "", about])
+
+
 def paper_table(rows: list[dict[str, str]]) -> str:
     """The paper's table: published, re-run by others, and ours."""
     lines = [
@@ -108,20 +128,54 @@ def benchmark_table(rows: list[dict]) -> str:
             f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} | {naive} "
             f"| {row['bare_peak_mb']:.0f} | {row['peak_mb']:.0f} |"
         )
-    lines += [
-        "",
-        "| model | float images/s | quantized images/s | 50,000 images by both, from these rates |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["precision"] == "fp32":
-            rates = row["float_images_per_s"], row["quant_images_per_s"]
-            minutes = sum(50000 / rate for rate in rates) / 60
-            lines.append(f"| {row['model']} | {rates[0]:.1f} | {rates[1]:.1f} | {minutes:.0f} min |")
     about, packages = rows[0], rows[0]["versions"]
     where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
-    lines += ["", f"Batch {about['batch']}, {about['mode']}; {where}."]
+    lines += ["", f"Batch {about['batch']}, {about['mode']}; {where}.", "", evaluation_table(rows)]
     return "\n".join(lines)
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """Images a second by what computes them, and the minutes that ImageNet's validation images take at these rates."""
+    lines = [
+        "| model | float32 | bf16 | simulated W8/A8 | ONNX float32 | ONNX int8 | 50,000 images: float32 + simulated "
+    ]
+    lines[0] += "| ONNX float32 + int8 | ONNX int8 |"
+    lines.append("|---" * 9 + "|")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        by_precision = {row["precision"]: row for row in rows if row["model"] == model}
+        rates = [by_precision[name]["float_images_per_s"] for name in ("fp32", "bf16")]
+        rates += [by_precision["fp32"]["quant_images_per_s"], *onnx_rates(model)]
+        cells = [f"{rate:.1f}" if rate else "not run" for rate in rates]
+        for some in ((rates[0], rates[2]), rates[3:], rates[4:]):
+            cells.append(f"{sum(50000 / rate for rate in some) / 60:.0f} min" if all(some) else "-")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def onnx_rates(model: str) -> list[float | None]:
+    """Images a second of the float and the int8 model in ONNX Runtime at batch 8, from scripts/evaluate_onnx.py."""
+    path = RESULTS / "onnx" / f"{model}.json"
+    if not path.exists():
+        return [None, None]
+    latency = json.loads(path.read_text())["latency_ms"]["8"]
+    return [8000 / latency[kind] for kind in ("float", "onnx")]
+
+
+def whole_runs_table(rows: list[dict[str, str]]) -> str:
+    """The last run of each model: its seconds by part, from what scripts/whole_runs.py has written."""
+    parts = ("start", "build", "quantize", "images", "calibrate", "evaluate", "total")
+    lines = [f"| model | precision | steps | images evaluated | {' | '.join(parts)} |", "|---" * (4 + len(parts)) + "|"]
+    for row in {row["model"]: row for row in rows}.values():
+        cells = [
+            row["precision"],
+            f"2 x {row['steps']}",
+            row["n"],
+            *(f"{float(row[f'{part}_s']):.1f}" for part in parts),
+        ]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    about = f"Seconds; {_all_of(rows, 'calibration_images')} calibration images; "
+    about += f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+    return "\n".join([*lines, "", about])
 
 
 def recipes_table(rows: list[dict[str, str]]) -> str:
@@ -387,7 +441,9 @@ TABLES = {
     "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
     "dino": (partial(small_table, (OUTLIERS,), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
+    "precision_large_bf16": (precision_large_table, "docs/results.md", read_csv),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
+    "whole_runs": (whole_runs_table, "docs/results.md", read_csv),
     "paper": (paper_table, "docs/results.md", read_rows),
     "steps": (steps_table, "docs/results.md", read_csv),
     "recipes": (recipes_table, "docs/recipes.md", read_csv),

@@ -1,12 +1,16 @@
+import ctypes
 import dataclasses
+import mmap
+import platform
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from generate_data import GenerationSettings, generate_data
 from utils.run.errors import InputError
-from utils.run.memory import is_out_of_memory
+from utils.run.memory import freed_memory_kept, is_out_of_memory
 
 QUICK = GenerationSettings(steps=3)
 
@@ -81,3 +85,27 @@ def test_checkpointed_activations_give_the_same_images_with_fewer_kept(model):
         kept[again] = sum(sizes)
     assert torch.equal(images[True], images[False]) and losses[True] == losses[False]
     assert kept[True] < kept[False]
+
+
+def resident():
+    """Of this process, in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_freed_memory_is_kept_within_the_context_and_given_back_after_it():
+    with freed_memory_kept():
+        kept = torch.ones(2**25)  # 134 MB
+        before = resident()
+        del kept
+        within = resident()
+    assert before - within < 10
+    assert within - resident() > 120
+
+
+@pytest.mark.parametrize("system", ["musl", "win32", "darwin"])
+def test_other_c_libraries_are_left_as_they_are(monkeypatch, system):
+    monkeypatch.setattr("sys.platform", "linux" if system == "musl" else system)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # knows no function
+    with freed_memory_kept():
+        pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quant import quantize_model, quantizer_bits
-from scripts import file_sizes, rows, sensitivity, tables
+from scripts import benchmark, file_sizes, rows, sensitivity, tables, whole_runs
 from utils.run.errors import InputError
 
 ROOT = Path(tables.__file__).resolve().parent.parent
@@ -151,17 +151,47 @@ def test_benchmark_writes_what_it_prints(tmp_path):
     assert rows[0]["step_over_float32"] == rows[0]["step_over_bare"]
 
 
+def test_benchmark_rows_take_the_place_of_those_of_the_same_case(tmp_path):
+    path = tmp_path / "rows.json"
+    old = [dict.fromkeys(benchmark.CASE, "x") | {"model": model, "step_ms": 1} for model in ("a", "b")]
+    assert benchmark.updated(path, old) == old
+    path.write_text(json.dumps(old))
+    new = [old[0] | {"step_ms": 2}, old[0] | {"precision": "y", "step_ms": 3}]
+    assert benchmark.updated(path, new) == [*new, old[1]]
+
+
+def test_a_whole_run_is_split_into_parts(tmp_path):
+    path = tmp_path / "rows.csv"
+    command = [sys.executable, "scripts/whole_runs.py", "--model", "demo_vit", "--steps", "2", "--limit", "8"]
+    done = subprocess.run([*command, "--rows", str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = tables.read_csv(path)
+    seconds = {part: float(row[f"{part}_s"]) for part in (*whole_runs.PARTS, "total")}
+    assert seconds["start"] > 0 and seconds["images"] > 0 and seconds["evaluate"] > 0
+    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in whole_runs.PARTS), abs=0.05)
+    assert "| demo_vit | fp32 | 2 x 2 | 8 |" in tables.whole_runs_table([row])
+
+
 @pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])
 def test_files_of_integers_are_a_fraction_of_the_float_size(w_bit, limit):
     assert 0 < file_sizes.size_ratio("deit_tiny", w_bit) <= limit
 
 
-def test_benchmark_table_has_goals_of_bf16_only_and_extrapolates_evaluation():
+def test_benchmark_table_has_goals_of_bf16_only_and_extrapolates_evaluation(tmp_path, monkeypatch):
     row = {"model": "deit_tiny", "bare_ms": 100.0, "step_ms": 110.0, "step_over_bare": 1.1, "transcription_ms": None}
     row |= {"bare_peak_mb": 1.0, "peak_mb": 2.0, "float_images_per_s": 50.0, "quant_images_per_s": 25.0, "batch": 8}
     row |= {"mode": "eager", "device": "cpu", "versions": {"torch": "2", "timm": "1"}}
     kinds = [{"precision": "fp32", "step_over_float32": 1.1}, {"precision": "bf16", "step_over_float32": 0.61}]
+    kinds[1]["float_images_per_s"] = 80.0
+    path = tmp_path / "onnx" / "deit_tiny.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"latency_ms": {"8": {"float": 100, "onnx": 50}}}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     table = tables.benchmark_table([row | kind for kind in kinds])
     assert "| deit_tiny | fp32 | 100 | 110 | 1.10 |  | 1.10 |  | 1 | 2 |" in table
     assert "| deit_tiny | bf16 | 100 | 110 | 0.61 | 0.62 | 1.10 |  | 1 | 2 |" in table
-    assert table.count("| deit_tiny | 50.0 | 25.0 | 50 min |") == 1
+    assert table.count("| deit_tiny | 50.0 | 80.0 | 25.0 | 80.0 | 160.0 | 50 min | 16 min | 5 min |") == 1
+    path.unlink()
+    assert "| deit_tiny | 50.0 | 80.0 | 25.0 | not run | not run | 50 min | - | - |" in tables.evaluation_table(
+        [row | kind for kind in kinds]
+    )

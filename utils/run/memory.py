@@ -1,6 +1,9 @@
-"""Telling that there is no memory left from other errors."""
+"""Memory: freed and used again, and errors told from others that say that none is left."""
 
-from collections.abc import Callable, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -16,6 +19,32 @@ _SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DataLoader worker (pid",
 )
+
+# Options of glibc's malloc.h. The thresholds after a context are the largest that malloc comes to by itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+_RETURN = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the context what is freed on the host stays with the process, for the next step; then it is given back.
+
+    By itself glibc gives back every tensor above 32 MB, and the kernel clears the pages of the next one, which can take
+    as long as computing it. Other C libraries are left as they are.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "mallopt"):  # musl
+        yield
+        return
+    try:
+        for option, value in _KEEP.items():
+            library.mallopt(option, value)
+        yield
+    finally:
+        for option, value in _RETURN.items():
+            library.mallopt(option, value)
+        library.malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

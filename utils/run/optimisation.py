@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.run.errors import InputError
-from utils.run.memory import attempt
+from utils.run.memory import attempt, freed_memory_kept
 from utils.run.signals import Stopped
 from utils.run.state import load_state, save_state
 
@@ -70,6 +70,7 @@ class Optimisation:
         if file and file.exists():
             self.restore(load_state(file, self.identity))
 
+    @freed_memory_kept()
     def run(self, bar: tqdm, stop: Callable[[], int | None]) -> None:
         """Do all steps that are left.
 

@@ -1,0 +1,91 @@
+"""Where the seconds of whole runs of test_quant.py go, from its start to its table.
+
+    python scripts/whole_runs.py --model demo_vit demo_swin
+    python scripts/whole_runs.py --model deit_tiny --steps 50
+
+A model that has no weights here gets random ones, and the demo's data set: the time depends on neither. One row a run
+is appended to --rows. Data sets are there before the clock starts.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
+
+import torch
+from safetensors.torch import save_file
+
+from models import DATASETS, build_model
+from scripts.accuracy import ORIGIN, origin
+from scripts.rows import append_row
+from utils.photographs import find_dataset
+from utils.run.errors import InputError, exit_cleanly
+from utils.run.options import Parser, pick_device, positive
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "scripts" / "results" / "whole_runs.csv"
+STAGES = ("build", "quantize", "images", "calibrate", "evaluate")
+PARTS = ("start", *STAGES)  # of the total; the first is all that is in no stage: imports, and files at the end
+COLUMNS = ("model", "precision", "steps", "calibration_images", "n", *(f"{part}_s" for part in (*PARTS, "total")))
+COLUMNS = (*COLUMNS, *ORIGIN)
+
+
+def save_random(name: str, path: Path) -> None:
+    """Write random weights of a model, with as many classes as the demo's data set has."""
+    torch.manual_seed(0)
+    model = build_model(name, pretrained=False)
+    model.reset_classifier(build_model("demo_vit", pretrained=False).num_classes)
+    save_file(model.state_dict(), path)
+
+
+def whole_run(name: str, options: list[str]) -> dict:
+    """The seconds of a run by part, and what it computed.
+
+    Args:
+        options: more of test_quant.py's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["test_quant.py", "--model", name, "--output-dir", str(Path(folder) / "run"), *options]
+        if name not in DATASETS:
+            weights = Path(folder) / "random.safetensors"
+            save_random(name, weights)
+            command += ["--checkpoint", str(weights), "--dataset", "demo"]
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        total = time.perf_counter() - start
+        if done.returncode:
+            raise InputError(f"{' '.join(command)}: {done.stderr.strip()}")
+        results = json.loads((Path(folder) / "run" / "results.json").read_text())
+    seconds = {stage: results["seconds"][stage] for stage in STAGES}
+    seconds |= {"start": total - sum(seconds.values()), "total": total}
+    row = {key: results[key] for key in ("model", "precision", "calibration_images", "n")}
+    row |= {"steps": results["options"]["steps"]}
+    return row | {f"{part}_s": round(value, 2) for part, value in seconds.items()}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    names = ["demo_vit", "demo_swin"]
+    add("--model", nargs="+", default=names, metavar="NAME", help=f"({' '.join(names)})")
+    add("--steps", type=positive, default=500, metavar="N", help="generate with 2 x N steps (500)")
+    add("--limit", type=positive, metavar="N", help="evaluate on N images (all)")
+    add("--rows", type=Path, default=ROWS, metavar="FILE", help="append to it (scripts/results/whole_runs.csv)")
+    options = parser.parse_args()
+    more = ["--steps", str(options.steps), *(["--limit", str(options.limit)] if options.limit else [])]
+    for name in options.model:
+        find_dataset(DATASETS.get(name, "demo"))
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = whole_run(name, more) | origin(pick_device(None)) | {"date": date}
+        append_row(options.rows, row, COLUMNS)
+        print(", ".join(f"{column} {row[column]}" for column in COLUMNS[: -len(ORIGIN)]), flush=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
