@@ -85,23 +85,23 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
         assert (first - second).norm() < min(0.05 * first.norm(), 0.5 * noise)
 
 
-@pytest.mark.parametrize("name", sorted(vendors.TOOLKITS.keys() - {"brevitas-learned-round"}))  # which takes minutes
-def test_fewer_bits_move_the_logits_more(name, demo, tmp_path):
+FEWER = [name for name, toolkit in vendors.TOOLKITS.items() if toolkit.bits != vendors.EIGHT]
+
+
+@pytest.mark.parametrize("name", [name for name in FEWER if name != "brevitas-learned-round"])  # that takes minutes
+def test_fewest_bits_move_the_logits_most(name, demo, tmp_path):
     toolkit = vendors.TOOLKITS[name]
     if toolkit.missing():
         pytest.skip(f"needs {', '.join(toolkit.missing())}")
     images, errors = draw_noise(8, (64, 64), 1), []
     with torch.no_grad():
         expected = demo.model(images)
-    for number, bits in enumerate(toolkit.bits):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        program, files = toolkit.quantize(demo, draw_noise(4, (64, 64), 0), folder, bits)
+    for bits in dict.fromkeys((toolkit.bits[0], toolkit.bits[-1])):
+        program, files = toolkit.quantize(demo, draw_noise(4, (64, 64), 0), tmp_path, bits)
         logits = runtimes.RUNTIMES[toolkit.runtime](program, 1)(images)
         errors.append(((logits - expected).norm() / expected.norm()).item())
-        assert all(file.parent == folder and file.stat().st_size for file in files)
-    assert 0 < errors[0] < 0.3
-    assert errors == sorted(errors)  # TOOLKITS has the most bits first
+        assert all(file.parent == tmp_path and file.stat().st_size for file in files)
+    assert 0 < errors[0] < 0.3 and 3 * errors[0] < (errors[1] if errors[1:] else 1)
 
 
 def call(monkeypatch, *arguments):
