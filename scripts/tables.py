@@ -21,6 +21,13 @@ MODES = {"noise": "1", "real": "2", "generated": "0"}
 KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
 RECIPES = ("paper", "best", "learned")  # which users choose from
 OUTLIERS = "vit_small_patch14_dinov2"  # fine-tuned on CIFAR-10, with the outliers of a real pre-trained model
+# What stands beside the recipes, and what each quantizes: the inputs of all products, or of those of layers alone ...
+RIVALS = {
+    "paper": "outputs",
+    **dict.fromkeys(("best", "ort", "nncf", "nncf-no-smoothquant"), "all products"),
+    **dict.fromkeys(("ours-best-layers", "torchao", "brevitas", "brevitas-gptq", "brevitas-learned-round"), "layers"),
+    **dict.fromkeys(("ort-weights", "nncf-weights"), "weights"),
+}
 SMALL_MODELS = ("demo_vit", "demo_swin", "cifar_vit", "cifar_swin")
 # Of scripts/steps.py, steps a round and images: one of the two varies at a time
 BY_STEPS = tuple((steps, 32) for steps in (25, 50, 100, 250, 500))
@@ -198,7 +205,39 @@ def recipes_table(rows: list[dict[str, str]]) -> str:
         about = f"{last['n']} images, seed {seed}, {calibrated} generated images; "
         about += f"{last['device']}, torch {last['torch']}, timm {last['timm']}."
         tables.append("\n".join([*lines, "", about]))
-    return "\n\n".join([kept_table(rows), *tables])
+    parts = [kept_table(rows), rivals_table(rows, read_csv(RESULTS / "toolkits.csv")), *tables]
+    return "\n\n".join(part for part in parts if part)
+
+
+def rivals_table(rows: list[dict[str, str]], toolkits: list[dict[str, str]]) -> str:
+    """The same for other toolkits on the same images, beside the recipes with the same seeds; nothing if not run."""
+    rivals = [
+        row | {"model": row["model"].split()[0]}  # without the name of its file of weights
+        for row in toolkits
+        if (row["images"], row["calibration_images"]) == ("generated", CALIBRATION_IMAGES) and row["toolkit"] in RIVALS
+    ]
+    recipes = [row | {"toolkit": row["recipe"], "error": ""} for row in rows]
+    bits, lines, seeds = bit_widths(rivals), [], {row["seed"] for row in rivals}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        others = [row for row in rivals if row["model"] == model]
+        ours = [row for row in recipes if row["model"] == model and row["seed"] in {row["seed"] for row in others}]
+        for name, quantized in RIVALS.items():
+            some = [row for row in ours + others if row["toolkit"] == name]
+            cells = [rival_cell(with_bits(some, pair), len(seeds)) for pair in bits]
+            if some:
+                lines.append(f"| {model}, {name} | {quantized} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    head = "| percent of float top-1 | quantized |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)
+    about = f"Mean and standard deviation of {len(seeds)} seed{'s' * (len(seeds) > 1)}, or of as many as a cell says; "
+    about += f"{CALIBRATION_IMAGES} generated images; {versions_of(rivals)}."
+    return "\n".join([head, "|---" * (len(bits) + 2) + "|", *lines, "", about])
+
+
+def rival_cell(rows: list[dict[str, str]], seeds: int) -> str:
+    """Percent of float top-1 of the rows of one toolkit at the same bits, or that it failed."""
+    measured = [row for row in rows if not row["error"]]
+    return spread_of(kept(measured), seeds) if measured else "failed" if rows else "-"
 
 
 def kept_table(rows: list[dict[str, str]]) -> str:
@@ -211,16 +250,20 @@ def kept_table(rows: list[dict[str, str]]) -> str:
         for recipe in (*RECIPES, *(f"{name} symmetric" for name in RECIPES)):
             some = [row for row in rows if (row["model"], row["recipe"]) == (model, recipe)]
             if some:
-                cells = [spread_of(kept(some, *pair), seeds, "-") for pair in bits]
+                cells = [spread_of(kept(with_bits(some, pair)), seeds, "-") for pair in bits]
                 lines.append(f"| {model}, {recipe} | {' | '.join(cells)} |")
     about = f"Mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}, or of as many as a cell says."
     return "\n".join([*lines, "", about])
 
 
-def kept(rows: list[dict[str, str]], w_bit: str, a_bit: str) -> list[float]:
-    """Percent of the float model's top-1 of every seed at these bits, of the rows of one recipe."""
-    some = [row for row in rows if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit) and float(row["float_top1"])]
-    return [100 * float(row["top1"]) / float(row["float_top1"]) for row in some]
+def kept(rows: list[dict[str, str]]) -> list[float]:
+    """Percent of the float model's top-1, of every row."""
+    return [100 * float(row["top1"]) / float(row["float_top1"]) for row in rows if float(row["float_top1"])]
+
+
+def with_bits(rows: list[dict[str, str]], bits: tuple[str, str]) -> list[dict[str, str]]:
+    """The rows of these bits of weights and activations."""
+    return [row for row in rows if (row["w_bit"], row["a_bit"]) == bits]
 
 
 def bit_widths(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
@@ -238,6 +281,7 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
     """Top-1 of every model and toolkit by kind of calibration images; what failed; and by number of images."""
     if not rows:
         return "Not run yet."
+    rows = with_bits(rows, ("8", "8"))
     usual = [row for row in rows if row["calibration_images"] == CALIBRATION_IMAGES]
     lines = [
         "| model (float top-1, images) | toolkit | runtime | MB | " + " | ".join(KINDS) + " |",
@@ -256,10 +300,14 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
     seeds = {row["seed"] for row in usual}
     about = f"Top-1 in percent, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     about += f"{', mean and standard deviation' * (len(seeds) > 1)}; {CALIBRATION_IMAGES} calibration images; "
-    versions = ", ".join(sorted({part for row in rows for part in row["versions"].split(", ")}))
-    about += f"{_all_of(usual, 'device')}; {versions}."
+    about += f"{_all_of(usual, 'device')}; {versions_of(rows)}."
     parts = ["\n".join(lines), "\n".join(failed), about, number_table(rows)]
     return "\n\n".join(part for part in parts if part)
+
+
+def versions_of(rows: list[dict[str, str]]) -> str:
+    """Every package and version that rows name, once."""
+    return ", ".join(sorted({part for row in rows for part in row["versions"].split(", ")}))
 
 
 def number_table(rows: list[dict[str, str]]) -> str:

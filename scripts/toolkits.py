@@ -2,19 +2,22 @@
 
     python generate_data.py --model demo_vit --output runs/images/demo_vit_seed0.safetensors
     python scripts/toolkits.py --model demo_vit --images "runs/images/{model}_seed{seed}.safetensors"
+    python scripts/toolkits.py --model demo_vit --bits 4/8 4/4 --kinds generated --images ...
     python scripts/toolkits.py --model demo_vit --latency
 
-One row a model, toolkit, kind of images and seed is appended to --rows as it is measured, and a row that is there is
-not measured again. A toolkit that fails on a model is a row, too, with its error.
+One row a model, toolkit, bit widths, kind of images and seed is appended to --rows as it is measured, and a row that
+is there is not measured again. A toolkit that fails on a model is a row, too, with its error.
 """
 
 import argparse
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,8 +31,9 @@ from models.saved import export_onnx, require_onnx
 from scripts.accuracy import decoded
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.rows import append_row
+from scripts.runtimes import FAST, RUNTIMES, Bits, FloatModel, Predict, Program
 from scripts.tables import read_csv
-from scripts.vendors import FAST, RUNTIMES, TOOLKITS, FloatModel, Predict, Program, Quantize, Toolkit
+from scripts.vendors import EIGHT, TOOLKITS, Quantize, Toolkit
 from utils.data import Images, draw_images, open_data
 from utils.evaluate import count_correct
 from utils.fractals import render_others
@@ -45,9 +49,9 @@ ROWS = ROOT / "scripts" / "results" / "toolkits.csv"
 LATENCIES = ROOT / "scripts" / "results" / "toolkits_latency.csv"
 KINDS = ("noise", "uniform", "fractals", "generated", "real")
 BATCH = 50  # images of a forward pass when accuracy is measured
-KEY = ("model", "toolkit", "images", "calibration_images", "seed")
+KEY = ("model", "toolkit", "w_bit", "a_bit", "images", "calibration_images", "seed")
 ORIGIN = ("versions", "device", "commit", "date", "error")
-COLUMNS = (*KEY, "runtime", "n", "float_top1", "top1", "float_bytes", "bytes", *ORIGIN)
+COLUMNS = (*KEY, "runtime", "n", "float_top1", "top1", "float_bytes", "bytes", "quantize_s", *ORIGIN)
 LATENCY_KEY = ("model", "toolkit", "threads", "batch")
 LATENCY_COLUMNS = (*LATENCY_KEY, "runtime", "float_ms", "ms", *ORIGIN)
 
@@ -96,27 +100,32 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor) -> float:
     return round(100 * sum(hits).item() / len(labels), 3)
 
 
-def quantizer(source: FloatModel, images: Tensor, folder: Path) -> Callable[[Quantize], tuple[Program, list[Path]]]:
-    """What calls a toolkit's `quantize`: once, as its file may run in several runtimes."""
+Call = Callable[[Quantize, Bits], tuple[Program, list[Path], float]]
+
+
+def quantizer(source: FloatModel, images: Tensor, folder: Path) -> Call:
+    """What calls a toolkit's `quantize`, once, as its file may run in several runtimes; also the CPU time, seconds."""
 
     @cache
-    def call(quantize: Quantize) -> tuple[Program, list[Path]]:
-        return quantize(source, images, Path(tempfile.mkdtemp(dir=folder)))
+    def call(quantize: Quantize, bits: Bits) -> tuple[Program, list[Path], float]:
+        start = time.process_time()
+        program, files = quantize(source, images, Path(tempfile.mkdtemp(dir=folder)), bits)
+        return program, files, time.process_time() - start
 
     return call
 
 
 def measure_toolkit(
-    toolkit: Toolkit, call: Callable[[Quantize], tuple[Program, list[Path]]], val: tuple[Tensor, Tensor]
+    toolkit: Toolkit, bits: Bits, call: Call, val: tuple[Tensor, Tensor]
 ) -> dict[str, float | int | str]:
     """Accuracy and size of the model that a toolkit makes, `call`ed; or the error that it ends with."""
     try:
-        program, files = call(toolkit.quantize)
+        program, files, seconds = call(toolkit.quantize, bits)
         size = sum(file.stat().st_size for file in files)
         top1 = accuracy(RUNTIMES[toolkit.runtime](program, torch.get_num_threads()), *val)
     except Exception as error:  # whatever a toolkit raises is a result
         return {"error": first_line(error)}
-    return {"n": len(val[1]), "top1": top1, "bytes": size or ""}
+    return {"n": len(val[1]), "top1": top1, "bytes": size or "", "quantize_s": round(seconds, 1)}
 
 
 def measure_latencies(
@@ -129,7 +138,7 @@ def measure_latencies(
     call = quantizer(source, images, folder)
     for name, toolkit in toolkits.items():
         try:
-            ready[name] = FAST[runtime](call(toolkit.quantize)[0], threads)
+            ready[name] = FAST[runtime](call(toolkit.quantize, *EIGHT)[0], threads)
             ready[name](images)
         except Exception as error:
             yield {"toolkit": name, "threads": threads, "runtime": runtime, "error": first_line(error)}
@@ -189,26 +198,28 @@ def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits
     images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     floats: dict[str, float] = {}
+    about = {"model": label(options, source), "calibration_images": options.calib_batchsize}
+    about["float_bytes"] = source.onnx.stat().st_size
     for seed in options.seed:
         for kind in options.kinds:
-            about = {"model": label(options, source), "images": kind, "calibration_images": options.calib_batchsize}
-            about |= {"seed": seed, "float_bytes": source.onnx.stat().st_size}
-            left = {
-                n: t for n, t in toolkits.items() if tuple(str((about | {"toolkit": n})[k]) for k in KEY) not in done
-            }
+            left = []
+            for (name, toolkit), bits in product(toolkits.items(), options.bits):
+                case = {"toolkit": name, "w_bit": bits[0], "a_bit": bits[1], "images": kind, "seed": seed}
+                if bits in toolkit.bits and tuple(str((about | case)[key]) for key in KEY) not in done:
+                    left.append((toolkit, bits, about | case))
             if not left:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 call = quantizer(source, images.draw(kind, seed), Path(folder))
-                for name, toolkit in left.items():
+                for toolkit, bits, case in left:
                     runtime = toolkit.runtime
                     if runtime not in floats:
                         predict = RUNTIMES[runtime](float_program(source, runtime), torch.get_num_threads())
                         floats[runtime] = accuracy(predict, *val)
-                    measured = {"toolkit": name, "runtime": runtime, "float_top1": floats[runtime]}
-                    measured |= measure_toolkit(toolkit, call, val)
-                    append_row(options.rows, about | measured | origin(toolkit), COLUMNS)
-                    print(", ".join(f"{key} {value}" for key, value in (about | measured).items()), flush=True)
+                    row = case | {"runtime": runtime, "float_top1": floats[runtime]}
+                    row |= measure_toolkit(toolkit, bits, call, val)
+                    append_row(options.rows, row | origin(toolkit), COLUMNS)
+                    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def append_latencies(options: argparse.Namespace, source: FloatModel, toolkits: dict[str, Toolkit]) -> None:
@@ -241,6 +252,14 @@ def origin(toolkit: Toolkit) -> dict[str, str | None]:
     }
 
 
+def parse_bits(text: str) -> Bits:
+    """Bits of weights and activations, written W/A, that a toolkit can do."""
+    known = {f"{w_bit}/{a_bit}": (w_bit, a_bit) for toolkit in TOOLKITS.values() for w_bit, a_bit in toolkit.bits}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}; got {text}")
+    return known[text]
+
+
 def label(options: argparse.Namespace, source: FloatModel) -> str:
     """What rows call the model: its name, and that of its file of weights."""
     return f"{source.name} {options.checkpoint.stem}" if options.checkpoint else source.name
@@ -269,6 +288,14 @@ def main() -> None:
     add_checkpoint(parser)
     add(
         "--toolkit", nargs="+", choices=TOOLKITS, metavar="NAME", help=f"{', '.join(TOOLKITS)} (all that are installed)"
+    )
+    add(
+        "--bits",
+        type=parse_bits,
+        nargs="+",
+        default=EIGHT,
+        metavar="W/A",
+        help="of weights and activations, 16 is float (8/8); a toolkit is left out at those that it cannot do",
     )
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of images: {', '.join(KINDS)} (all)")
     add("--images", metavar="FILE", help="generated images; {model} and {seed} stand for those of a row")

@@ -17,7 +17,7 @@ from utils.run.errors import InputError
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from scripts import tables, toolkits, vendors  # noqa: E402
+from scripts import runtimes, tables, toolkits, vendors  # noqa: E402
 
 PAGE = (Path(toolkits.ROOT) / "docs" / "toolkits.md").read_text()
 BLOCKS = dict(re.findall(r"\n## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL))
@@ -39,7 +39,7 @@ NEEDS = {
 def demo(tmp_path_factory):
     """demo_vit in float, as torch and as ONNX, and calib.npy, as generate_data.py writes it, in one folder."""
     folder = tmp_path_factory.mktemp("demo")
-    source = vendors.FloatModel("demo_vit", build_model("demo_vit"), folder / "demo_vit.float.onnx")
+    source = runtimes.FloatModel("demo_vit", build_model("demo_vit"), folder / "demo_vit.float.onnx")
     export_onnx(source.onnx, source.model, source.name)
     images = draw_noise(4, (64, 64), 0)
     save_images(folder / "calib.npy", torch.zeros(3, 1, 1), torch.ones(3, 1, 1), images)
@@ -68,7 +68,7 @@ def test_printed_code_calibrates(name, demo, monkeypatch):
     exec(BLOCKS[name], names)
     if file:
         runtime = "onnxruntime" if file.endswith(".onnx") else "openvino"
-        check_agreement(vendors.RUNTIMES[runtime](Path(file), 1), demo)
+        check_agreement(runtimes.RUNTIMES[runtime](Path(file), 1), demo)
     else:
         check_agreement(names["quantized"], demo)
 
@@ -77,12 +77,31 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
     pytest.importorskip("openvino")
     images = draw_noise(8, (64, 64), 1)
     for call in (vendors.OURS, vendors.BEST):
-        path, _ = call(demo, draw_noise(4, (64, 64), 0), tmp_path)
-        first, second = (vendors.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
+        path, _ = call(demo, draw_noise(4, (64, 64), 0), tmp_path, (8, 8))
+        first, second = (runtimes.RUNTIMES[name](path, 1)(images) for name in ("onnxruntime", "openvino"))
         with torch.no_grad():
             noise = (first - demo.model(images)).norm()
         # Not the best classes, which may tie, as logits are on a grid
         assert (first - second).norm() < min(0.05 * first.norm(), 0.5 * noise)
+
+
+FEWER = [name for name, toolkit in vendors.TOOLKITS.items() if toolkit.bits != vendors.EIGHT]
+
+
+@pytest.mark.parametrize("name", [name for name in FEWER if name != "brevitas-learned-round"])  # that takes minutes
+def test_fewest_bits_move_the_logits_most(name, demo, tmp_path):
+    toolkit = vendors.TOOLKITS[name]
+    if toolkit.missing():
+        pytest.skip(f"needs {', '.join(toolkit.missing())}")
+    images, errors = draw_noise(8, (64, 64), 1), []
+    with torch.no_grad():
+        expected = demo.model(images)
+    for bits in dict.fromkeys((toolkit.bits[0], toolkit.bits[-1])):
+        program, files = toolkit.quantize(demo, draw_noise(4, (64, 64), 0), tmp_path, bits)
+        logits = runtimes.RUNTIMES[toolkit.runtime](program, 1)(images)
+        errors.append(((logits - expected).norm() / expected.norm()).item())
+        assert all(file.parent == tmp_path and file.stat().st_size for file in files)
+    assert 0 < errors[0] < 0.3 and errors == sorted(set(errors))
 
 
 def call(monkeypatch, *arguments):
@@ -108,10 +127,17 @@ def test_rows_are_measured_once_and_failures_are_rows(tmp_path, image_root, monk
     for row in first:
         assert row["error"] == "" and row["n"] == "4" and 0 <= float(row["top1"]) <= 100 and row["float_top1"]
         assert int(row["bytes"]) < 0.35 * int(row["float_bytes"]) and "onnxruntime" in row["versions"]
+        assert (row["w_bit"], row["a_bit"]) == ("8", "8") and float(row["quantize_s"]) > 0
     assert len({row["bytes"] for row in first}) > 1  # other images, other ranges: other zero points
 
     def fail(*arguments):
         raise RuntimeError("\nno such operator\nand so on")
+
+    call(monkeypatch, *line, "--toolkit", "ours", "ort", "--kinds", "noise", "--bits", "8/8", "4/8")
+    four = read(rows)[-1]
+    assert read(rows)[:-1] == first and [four[key] for key in ("toolkit", "w_bit", "a_bit")] == ["ort", "4", "8"]
+    assert int(four["bytes"]) < 0.8 * int(first[0]["bytes"])
+    first = read(rows)
 
     monkeypatch.setitem(vendors.TOOLKITS, "broken", vendors.Toolkit(fail, "onnxruntime"))
     monkeypatch.setattr(toolkits, "installed", lambda names: {name: vendors.TOOLKITS[name] for name in names})
@@ -121,7 +147,7 @@ def test_rows_are_measured_once_and_failures_are_rows(tmp_path, image_root, monk
     table = tables.toolkits_table([row | {"calibration_images": "32"} for row in read(rows)])
     assert "| broken | onnxruntime | - | failed | - | - | - | - |" in table
     assert "broken on demo_vit failed: `RuntimeError: no such operator`" in table
-    assert f"| {float(first[-1]['top1']):.2f} | " in table
+    assert f"| {float(first[-2]['top1']):.2f} | " in table
 
 
 def test_latencies_are_of_int8_and_float_in_one_runtime(tmp_path, monkeypatch):
@@ -169,6 +195,8 @@ def test_tables_have_a_line_for_what_was_not_run():
     row = dict.fromkeys(toolkits.COLUMNS, "") | {
         "model": "m",
         "toolkit": "t",
+        "w_bit": "8",
+        "a_bit": "8",
         "n": "50",
         "float_top1": "70",
         "images": "generated",
@@ -177,7 +205,30 @@ def test_tables_have_a_line_for_what_was_not_run():
         row | {"calibration_images": str(n), "top1": str(60 + n), "seed": str(seed)} for n in (8, 32) for seed in (0, 1)
     ]
     rows[-1]["top1"] = "94"
-    text = tables.toolkits_table([*rows, row | {"toolkit": "u", "calibration_images": "32", "top1": "1", "seed": "0"}])
+    last = row | {"calibration_images": "32", "top1": "1", "seed": "0"}
+    text = tables.toolkits_table([*rows, last | {"toolkit": "u"}, last | {"w_bit": "4", "top1": "1.23"}])
+    assert "1.23" not in text  # this table is of 8 bits
     assert "| m | u |" not in text  # one number of images is no comparison
     assert "| m (70.00, 50) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
     assert "| m | t | 68.00 ± 0.00 | 93.00 ± 1.41 |" in text and "2 seeds, mean and standard deviation" in text
+
+
+def test_rivals_stand_beside_the_recipes_on_the_same_images():
+    ours = {"model": "m", "float_top1": "80", "w_bit": "4", "a_bit": "4"}
+    recipes = [ours | {"recipe": "best", "seed": str(seed), "top1": str(76 + seed)} for seed in (0, 1, 2)]
+    recipes += [ours | {"recipe": "best - rotate", "seed": "0", "top1": "1"}]
+    assert tables.rivals_table(recipes, []) == ""
+    about = {"model": "m weights", "images": "generated", "calibration_images": "32", "error": "", "versions": "x 1"}
+    rival = ours | about | {"toolkit": "ort", "top1": "40"}
+    rows = [rival | {"seed": "0"}, rival | {"seed": "1", "top1": "44"}, rival | {"seed": "0", "images": "real"}]
+    rows += [rival | {"toolkit": "brevitas", "seed": "0", "top1": "", "error": "RuntimeError: no"}]
+    rows += [rival | {"toolkit": "nncf", "seed": "1", "w_bit": "8", "a_bit": "8"}, rival | {"model": "other"}]
+    lines = tables.rivals_table(recipes, [row | {"seed": row.get("seed", "0")} for row in rows]).splitlines()
+    assert lines[0] == "| percent of float top-1 | quantized | W8/A8 | W4/A4 |"
+    assert lines[2:6] == [
+        "| m, best | all products | - | 95.62 ± 0.88 |",
+        "| m, ort | all products | - | 52.50 ± 3.54 |",
+        "| m, nncf | all products | 50.00 (1 of 2) | - |",
+        "| m, brevitas | layers | - | failed |",
+    ]
+    assert "2 seeds" in lines[-1] and "32 generated images; x 1." in lines[-1]
