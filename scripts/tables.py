@@ -91,7 +91,7 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
     both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
     seeds = len({row["seed"] for row in rows})
     for w_bit, a_bit in bit_widths(rows):
-        top1 = [[float(row["top1"]) for row in some if (row["w_bit"], row["a_bit"]) == (w_bit, a_bit)] for some in both]
+        top1 = [[float(row["top1"]) for row in with_bits(some, (w_bit, a_bit))] for some in both]
         difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
         cells = [spread_of(some, seeds) for some in top1]
         lines.append(
@@ -99,8 +99,7 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
         )
     about = f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seed"
     about += f"{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
-    about += f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
-    return "\n".join([*lines, "", about])
+    return "\n".join([*lines, "", about + computed_with(rows)])
 
 
 def paper_table(rows: list[dict[str, str]]) -> str:
@@ -181,8 +180,7 @@ def whole_runs_table(rows: list[dict[str, str]]) -> str:
         ]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     about = f"Seconds; {_all_of(rows, 'calibration_images')} calibration images; "
-    about += f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
-    return "\n".join([*lines, "", about])
+    return "\n".join([*lines, "", about + computed_with(rows)])
 
 
 def recipes_table(rows: list[dict[str, str]]) -> str:
@@ -361,8 +359,7 @@ def steps_table(rows: list[dict[str, str]]) -> str:
     about = (
         f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seeds, or of as many "
     )
-    about += f"as a cell says; {step_seconds(by_model)}; {_all_of(rows, 'device')}, "
-    about += f"torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+    about += f"as a cell says; {step_seconds(by_model)}; {computed_with(rows)}"
     return "\n\n".join([*parts, "\n".join(lines), about])
 
 
@@ -462,8 +459,13 @@ def provenance(rows: list[dict[str, str]], what: str = "Top-1 in percent") -> st
     return (
         f"{what} on {n} images, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
         f"{_all_of(rows, 'calibration_images')} calibration images, 2 x {_all_of(rows, 'steps')} steps; "
-        f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
+        f"{computed_with(rows)}"
     )
+
+
+def computed_with(rows: list[dict[str, str]]) -> str:
+    """On which devices, and with which versions."""
+    return f"{_all_of(rows, 'device')}, torch {_all_of(rows, 'torch')}, timm {_all_of(rows, 'timm')}."
 
 
 def _all_of(rows: list[dict[str, str]], key: str) -> str:
