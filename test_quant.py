@@ -11,7 +11,6 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import argparse
 import copy
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -114,7 +113,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
 def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
     """A copy of `model` with quantized layers, which gives the float logits until it is calibrated."""
     try:
-        recipe = replace(RECIPES[options.recipe], symmetric=options.symmetric)
+        recipe = RECIPES[options.recipe]
+        recipe = recipe.without_zero_points() if options.symmetric else recipe
         return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error

@@ -138,8 +138,7 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
     options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
     options |= header.get("model_args", {})  # files of older versions have none
     try:
-        recipe = Recipe(**_tuples(header["recipe"])) if "recipe" in header else PAPER  # older files
-        model = swap_layers(build_architecture(timm_tag(header["tag"]), config, **options), recipe)
+        model = swap_layers(build_architecture(timm_tag(header["tag"]), config, **options), _recipe(header))
         place_quantizers(model, header["bits"])
         return load_integer_state(model, state), header
     except (
@@ -156,6 +155,16 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
 def _tuples(values: dict) -> dict:
     """Lists, which is what JSON makes of tuples, are tuples again."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _recipe(header: dict) -> Recipe:
+    """The recipe of a file. Older files have none, or one whose `symmetric` is of all activations or of none."""
+    if "recipe" not in header:
+        return PAPER
+    values = _tuples(header["recipe"])
+    if isinstance(values["symmetric"], bool):
+        values["symmetric"] = ("*",) if values["symmetric"] else ()
+    return Recipe(**values)
 
 
 def _digest(header: dict, state: dict[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from quant.families import SWAPS, check_supported, untouched
 from quant.learning import Student
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
-from quant.recipes import PAPER, Recipe
+from quant.recipes import PAPER, Recipe, matches
 from quant.rotation import obstacle, rotate
 from quant.rounding import input_moments
 
@@ -79,13 +79,15 @@ def swap_layers(model: nn.Module, recipe: Recipe) -> nn.Module:
             module.w_bit = FLOAT_BITS
             module.register_buffer("weight_scale", None, persistent=False)
         if isinstance(module, modules.QuantizedOutput):
-            module.act_output = modules.QuantAct(FLOAT_BITS, recipe.symmetric)
+            module.act_output = modules.QuantAct(FLOAT_BITS)
         for name in getattr(module, "activations", ()):
-            setattr(module, name, modules.QuantAct(FLOAT_BITS, recipe.symmetric))
+            setattr(module, name, modules.QuantAct(FLOAT_BITS))
     for module in list(model.modules()):
         for name in getattr(module, "float_outputs", ()):  # which no recipe quantizes
             if isinstance(layer := getattr(module, name, None), modules.QuantizedOutput):
                 layer.act_output = modules.NoAct()
+    for name, act in modules.named_activations(model):
+        act.symmetric = matches(name, recipe.symmetric)
     return model
 
 

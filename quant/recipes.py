@@ -18,7 +18,7 @@ class Recipe:
     name: str
     points: tuple[str, ...]  # activations that are quantized
     edges: tuple[str, ...] = ()  # activations and weights that have 8 bits at least
-    symmetric: bool = False  # activations without zero points
+    symmetric: tuple[str, ...] = ()  # activations without zero points
     stretch: bool = False  # quant/contrast.py: the images, before anything is calibrated on them
     shade: bool = False  # quant/contrast.py: some of the images a second time, shaded
     balance: bool = False  # quant/balance.py, before anything is quantized
@@ -28,17 +28,22 @@ class Recipe:
     learn: bool = False  # quant/learning.py, after all of it
     images: int = 32  # to calibrate on, if nobody says otherwise
 
+    def without_zero_points(self) -> "Recipe":
+        """The same with no activation that has one."""
+        return replace(self, symmetric=("*",))
+
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
         bits = {name: w_bit if name.endswith(".weight") else a_bit for name in names}
         return {
-            name: max(value, EDGE_BITS) if _matches(name, self.edges) else value
+            name: max(value, EDGE_BITS) if matches(name, self.edges) else value
             for name, value in bits.items()
-            if name.endswith(".weight") or _matches(name, self.points)
+            if name.endswith(".weight") or matches(name, self.points)
         }
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a quantizer's name fits one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -71,6 +76,9 @@ BEST = Recipe(
         *("attn_pool.act_tokens_input", "attn_pool.act_latent", "attn_pool.norm.act_output"),
     ),
     edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
+    # Two activations are multiplied in integers by OpenVINO only if neither has one. Softmax's output begins at 0, and
+    # has none anyhow; queries, keys and values lie on both sides of it, and lose next to nothing.
+    symmetric=("*.act_query", "*.act_key", "*.act_value", "*.act_rotated_*", "*.act_unit_*"),
     stretch=True,
     shade=True,
     balance=True,

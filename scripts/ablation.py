@@ -48,7 +48,7 @@ def variants() -> dict[str, Recipe]:
         recipes[f"+ {technique}"] = recipe
     recipes |= {"best": BEST, "learned": LEARNED}  # best has the last of them
     recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in TECHNIQUES[:-1]}
-    return recipes | {f"{recipe.name} symmetric": replace(recipe, symmetric=True) for recipe in (PAPER, BEST, LEARNED)}
+    return recipes | {f"{recipe.name} symmetric": recipe.without_zero_points() for recipe in (PAPER, BEST, LEARNED)}
 
 
 def named(name: str, recipe: Recipe, number: int) -> str:

@@ -157,7 +157,7 @@ def save_openvino(model: object, folder: Path) -> tuple[Path, list[Path]]:
 
 
 OURS, BEST = (partial(quantize_ours, recipe=RECIPES[name]) for name in ("paper", "best"))
-BEST_SYMMETRIC = partial(quantize_ours, recipe=replace(RECIPES["best"], symmetric=True))
+BEST_SYMMETRIC = partial(quantize_ours, recipe=RECIPES["best"].without_zero_points())
 # What torchao and Brevitas leave in float: the products of activations with each other
 ATTENTION = ("*.act_query", "*.act_key", "*.act_probs", "*.act_value")
 BEST_LAYERS = replace(RECIPES["best"], points=tuple(p for p in RECIPES["best"].points if p not in ATTENTION))

@@ -102,7 +102,7 @@ def test_a_quantized_softmax_still_has_a_gradient(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", [INPUTS, BEST, replace(PAPER, symmetric=True)], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [INPUTS, BEST, PAPER.without_zero_points()], ids=lambda recipe: recipe.name)
 def test_integers_are_loaded_bit_for_bit(model, recipe):
     saved = calibrate(quantize_model(copy.deepcopy(model), 4, 6, recipe=recipe), IMAGES)
     loaded = load_integer_state(quantize_model(model, 4, 6, recipe=recipe), integer_state(saved))
@@ -111,16 +111,25 @@ def test_integers_are_loaded_bit_for_bit(model, recipe):
 
 @torch.no_grad()
 def test_symmetric_activations_have_no_zero_point(model):
-    calibrate(quantize_model(model, 8, 4, recipe=replace(BEST, symmetric=True)), IMAGES)
+    calibrate(quantize_model(model, 8, 4, recipe=BEST.without_zero_points()), IMAGES)
     for name, act in named_activations(model):
         assert act.zero_point == 0 and act.grid == (-(2 ** (act.bits - 1)), 2 ** (act.bits - 1) - 1), name
+
+
+@torch.no_grad()
+def test_what_meets_another_activation_has_no_zero_point(model):
+    calibrate(quantize_model(model, 8, 8, recipe=BEST), IMAGES)
+    acts = dict(named_activations(model))
+    products = [name for name in acts if name.endswith(("act_query", "act_key", "act_probs", "act_value"))]
+    assert products and all(acts[name].zero_point == 0 for name in products)
+    assert any(act.zero_point != 0 for act in acts.values())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
 def test_a_file_knows_what_was_placed(tmp_path, name):
     images = torch.randn(4, 3, 64, 64)
-    recipe = replace(INPUTS, symmetric=True)
+    recipe = INPUTS.without_zero_points()
     saved = calibrate(quantize_model(build_model(name), 4, 6, ["*.act_probs"], recipe), images)
     save_quantized(tmp_path / "m.safetensors", saved, name)
     loaded, header = load_quantized(tmp_path / "m.safetensors")

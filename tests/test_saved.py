@@ -1,6 +1,7 @@
 """Files of quantized models: what is in them, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from models import saved
 from models.saved import load_quantized, save_quantized
 from models.zoo import build_model, data_config
 from quant import calibrate, quantize_model, quantizer_bits
+from quant.recipes import INPUTS
 from utils.run.errors import InputError
 
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -35,6 +37,15 @@ def test_the_same_model_comes_back(file, name):
     assert quantizer_bits(loaded) == quantizer_bits(model) and data_config(loaded) == data_config(model)
     assert (header["model"], header["tag"], header["num_classes"]) == (name, name, 50)
     assert header["img_size"] == [64, 64] and set(header["versions"]) == {"python", "torch", "torchvision", "timm"}
+
+
+def test_older_files_say_symmetric_of_all_activations_or_of_none(tmp_path, name):
+    for was, patterns in ((True, ("*",)), (False, ())):
+        model = calibrate(quantize_model(build_model(name), 8, 8, recipe=replace(INPUTS, symmetric=patterns)), IMAGES)
+        model.recipe = replace(INPUTS, symmetric=was)
+        save_quantized(tmp_path / "old.safetensors", model, name)
+        loaded, _ = load_quantized(tmp_path / "old.safetensors")
+        assert torch.equal(loaded(IMAGES), model(IMAGES)) and loaded.recipe.symmetric == patterns
 
 
 def test_a_file_is_the_same_byte_for_byte(file, name, tmp_path):

@@ -85,6 +85,16 @@ def test_our_graphs_run_in_openvino_as_in_onnx_runtime(demo, tmp_path):
         assert (first - second).norm() < min(0.05 * first.norm(), 0.5 * noise)
 
 
+def test_openvino_multiplies_integers_in_every_product_of_best(demo, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    path, _ = vendors.BEST(demo, draw_noise(4, (64, 64), 0), tmp_path, (8, 8))
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    about = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in about]
+    products = [precision for kind, precision in kinds if kind in ("FullyConnected", "MatMul", "Subgraph")]
+    assert len(products) >= 5 * len(demo.model.blocks) and set(products) <= {"u8", "i8"}  # attention's are a Subgraph
+
+
 FEWER = [name for name, toolkit in vendors.TOOLKITS.items() if toolkit.bits != vendors.EIGHT]
 
 
