@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
+from quant.contrast import SHADED, add_shaded, stretch
 from utils.attention import attention_outputs, frozen, model_attention, where_not_finite
 from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
@@ -228,12 +229,14 @@ def run(options: argparse.Namespace) -> None:
 @by_first
 def write(options: argparse.Namespace, model: nn.Module, images: Tensor, losses: list[list[float]]) -> None:
     """Write what was generated, and say where it is."""
-    labels = {"labels": draw_labels(len(images), model.num_classes, options.seed)} if model.num_classes else {}
-    names, padded = class_names(model), resized_size(model)
-    where = save_images(options.output, *normalization(model), images, names, padded, **labels)
     if options.plots:
         noise = draw_noise(len(images), model.patch_embed.img_size, options.seed)
         plot_losses(options.output.with_suffix(".losses.png"), model, noise, images, losses)
+    labels, range_ = draw_labels(len(images), model.num_classes, options.seed), normalization(model)
+    if options.contrast:
+        images, labels = add_shaded(stretch(images, *range_), *range_), torch.cat([labels, labels[::SHADED]])
+    kept = {"labels": labels} if model.num_classes else {}
+    where = save_images(options.output, *range_, images, class_names(model), resized_size(model), **kept)
     print(f"{len(images)} images: {where}")
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 SHADED = 4  # one image in so many is also shaded: with 8 bits that is enough, and with 3 all of them cost accuracy
 
 
-def stretch(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+Values = Sequence[float] | Tensor  # of the three channels
+
+
+def stretch(images: Tensor, mean: Values, std: Values) -> Tensor:
     """Scale and shift each image so that its darkest value is black and its brightest one white.
 
     Args:
@@ -24,13 +27,13 @@ def stretch(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     Returns:
         The same shape, normalised again. An image of one value stays as it is.
     """
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    mean, std = (torch.as_tensor(values).to(images).view(3, 1, 1) for values in (mean, std))
     pixels = images * std + mean
     low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(low < high, ((pixels - low) / (high - low) - mean) / std, images)
 
 
-def shade(images: Tensor, mean: Sequence[float], std: Sequence[float], seed: int = 0) -> Tensor:
+def shade(images: Tensor, mean: Values, std: Values, seed: int = 0) -> Tensor:
     """Lay slow changes of light and colour, as strong as the images are, over each of them, and stretch it again.
 
     Args:
@@ -45,3 +48,8 @@ def shade(images: Tensor, mean: Sequence[float], std: Sequence[float], seed: int
     white = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     pink = torch.fft.ifft2(torch.fft.fft2(white) / frequency).real.to(images)
     return stretch(images + pink * (images.std() / pink.std()), mean, std)
+
+
+def add_shaded(images: Tensor, mean: Values, std: Values) -> Tensor:
+    """The images, and one in SHADED once more, shaded: (B + ceil(B / SHADED), 3, H, W)."""
+    return torch.cat([images, shade(images[::SHADED], mean, std)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quant import modules
 from quant.balance import balance
-from quant.contrast import SHADED, shade, stretch
+from quant.contrast import add_shaded, stretch
 from quant.families import SWAPS, check_supported, untouched
 from quant.learning import Student
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
@@ -142,7 +142,7 @@ def calibrate(
     if recipe.stretch:
         images = stretch(images, config["mean"], config["std"])
     if recipe.shade:
-        images = torch.cat([images, shade(images[::SHADED], config["mean"], config["std"])])
+        images = add_shaded(images, config["mean"], config["std"])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
     if not recipe.learn or set(quantizer_bits(model).values()) == {FLOAT_BITS}:

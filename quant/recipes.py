@@ -88,6 +88,6 @@ BEST = Recipe(
 )
 LEARNED = replace(BEST, name="learned", learn=True, images=128)  # of more images more can be learned
 # The placement alone: what the techniques are measured against.
-INPUTS = Recipe("inputs", BEST.points, BEST.edges)
+INPUTS = Recipe("inputs", BEST.points, BEST.edges, BEST.symmetric)
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, BEST, LEARNED)}

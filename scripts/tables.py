@@ -18,7 +18,8 @@ from scripts.rows import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
-KINDS, CALIBRATION_IMAGES = ("noise", "uniform", "fractals", "generated", "real"), "32"  # of the table of toolkits
+KINDS = ("noise", "uniform", "fractals", "generated", "contrast", "real")  # of images, in the table of toolkits
+CALIBRATION_IMAGES = "32"  # in it
 RECIPES = ("paper", "best", "learned")  # which users choose from
 OUTLIERS = "vit_small_patch14_dinov2"  # fine-tuned on CIFAR-10, with the outliers of a real pre-trained model
 # What stands beside the recipes, and what each quantizes: the inputs of all products, or of those of layers alone ...

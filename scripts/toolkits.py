@@ -28,11 +28,12 @@ from torch import Tensor
 
 from models import DATASETS, build_model, evaluation_transform, normalization, short_name
 from models.saved import export_onnx, require_onnx
+from quant.contrast import add_shaded, stretch
 from scripts.accuracy import decoded
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.rows import append_row
 from scripts.runtimes import FAST, RUNTIMES, Bits, FloatModel, Predict, Program
-from scripts.tables import read_csv
+from scripts.tables import KINDS, read_csv
 from scripts.vendors import EIGHT, TOOLKITS, Quantize, Toolkit
 from utils.data import Images, draw_images, open_data
 from utils.evaluate import count_correct
@@ -47,7 +48,6 @@ from utils.run.seeds import stream
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "scripts" / "results" / "toolkits.csv"
 LATENCIES = ROOT / "scripts" / "results" / "toolkits_latency.csv"
-KINDS = ("noise", "uniform", "fractals", "generated", "real")
 BATCH = 50  # images of a forward pass when accuracy is measured
 KEY = ("model", "toolkit", "w_bit", "a_bit", "images", "calibration_images", "seed")
 ORIGIN = ("versions", "device", "commit", "date", "error")
@@ -64,7 +64,9 @@ class CalibrationImages:
         self.size, self.normalization = source.model.patch_embed.img_size, normalization(source.model)
 
     def draw(self, kind: str, seed: int) -> Tensor:
-        """Noise N(0, 1); pixels drawn uniformly; fractals of any class; what generate_data.py wrote; or photographs."""
+        """Noise N(0, 1); pixels drawn uniformly; fractals of any class; what generate_data.py wrote, and what it would
+        have written with --contrast; or photographs.
+        """
         mean, std = self.normalization
         match kind:
             case "noise":
@@ -77,6 +79,8 @@ class CalibrationImages:
                 return ((pixels[..., :height, :width] / 255 - mean) / std).contiguous()
             case "generated":
                 return self.generated(seed)
+            case "contrast":
+                return add_shaded(stretch(self.generated(seed), mean, std), mean, std)
             case "real":
                 return draw_images(self.train, self.count, seed)
 
@@ -271,9 +275,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--checkpoint: goes with one model; got {len(options.model)}")
     if options.latency:
         return
-    if "generated" in options.kinds:
+    if {"generated", "contrast"} & set(options.kinds):
         if not options.images:
-            raise InputError("--images: expected files of generated images, or --kinds without generated; got none")
+            raise InputError("--images: expected files of generated images, or other --kinds; got none")
         for name in options.model:
             for seed in options.seed:
                 if not (path := images_path(options.images, name, seed)).is_file():

@@ -2,7 +2,7 @@
 
 import torch
 
-from quant.contrast import shade, stretch
+from quant.contrast import add_shaded, shade, stretch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -44,3 +44,9 @@ def test_shades_span_the_range_of_pixels_and_differ_in_light_and_colour():
     torch.testing.assert_close(pixels.amax(dim=(1, 2, 3)), torch.ones(16), atol=1e-5, rtol=0)
     assert pixels.mean((1, 2, 3)).std() > 0.02 and (pixels - pixels.mean(1, keepdim=True)).std() > 0.05
     assert torch.equal(shade(grey, MEAN, STD), shade(grey, MEAN, STD))
+
+
+def test_one_image_in_four_is_added_shaded():
+    images = torch.rand(6, 3, 8, 8)
+    more = add_shaded(images, MEAN, STD)
+    assert torch.equal(more[:6], images) and torch.equal(more[6:], shade(images[::4], MEAN, STD))

@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import generate_data as generation
 from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
-from models import normalization
+from models import build_model, normalization
 from quant import calibrate, quantize_model
+from quant.recipes import BEST
 from utils import losses as generation_losses
 from utils.attention import attention_outputs
 from utils.entropy import patch_similarity_entropy
@@ -267,6 +268,19 @@ def test_command_line_writes_images_and_a_picture(tmp_path, monkeypatch, capsys)
     assert Image.open(output.with_suffix(".png")).width > 3 * 64
     assert str(output) in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == ["images.png", "images.safetensors"]
+
+
+def test_contrast_writes_what_the_best_recipe_calibrates_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("quant.convert.fit", lambda model, images, batch_size: seen.append(images))
+    line = ["--model", "demo_vit", "--steps", "1", "--num-images", "5", "--output"]
+    files = [tmp_path / f"{name}.safetensors" for name in ("plain", "contrast")]
+    for file, more in zip(files, ([], ["--contrast"]), strict=True):
+        generation.run(parse_generation([*line, str(file), *more]))
+    plain, contrast = map(load_file, files)
+    calibrate(quantize_model(build_model("demo_vit"), recipe=dataclasses.replace(BEST, rotate=False)), plain["images"])
+    torch.testing.assert_close(contrast["images"], seen[0], rtol=0, atol=1e-6)
+    assert contrast["labels"].tolist() == [*plain["labels"].tolist(), *plain["labels"][[0, 4]].tolist()]
 
 
 @pytest.mark.parametrize("output", ["calib.npy", "calib"], ids=["array", "folder"])

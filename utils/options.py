@@ -103,6 +103,9 @@ def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
     add_image_size(images)
     images.add_argument("--num-images", type=positive, default=32, metavar="N", help="images to generate (32)")
     add_steps_and_seed(images)
+    contrast = "stretch each image to the whole range of pixels, and add one in four once more, shaded: what --recipe "
+    contrast += "best does by itself, for other toolkits (as they are)"
+    images.add_argument("--contrast", action="store_true", help=contrast)
     output.add_argument(
         "--output",
         type=Path,
