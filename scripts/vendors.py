@@ -8,6 +8,7 @@ as it chooses it. All of them have a scale for each output channel of the weight
 import copy
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -136,14 +137,12 @@ def compress_nncf(source: FloatModel, images: Tensor, folder: Path, bits: Bits) 
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    compressed = nncf.compress_weights(
-        openvino.Core().read_model(source.onnx),
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=-1,
-        dataset=nncf.Dataset([image[None] for image in images.numpy()]),
-        subset_size=len(images),
-        scale_estimation=True,
-    )
+    how = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": -1, "scale_estimation": True}
+    how |= {"dataset": nncf.Dataset([image[None] for image in images.numpy()]), "subset_size": len(images)}
+    # OpenVINO gives the thread that it is loaded in a stack for signals, and here frees it and leaves it set: the next
+    # signal that is handled, such as that of a process's end, would end this process. So it is a thread that ends.
+    with ThreadPoolExecutor(1) as thread:
+        compressed = thread.submit(nncf.compress_weights, openvino.Core().read_model(source.onnx), **how).result()
     return save_openvino(compressed, folder)
 
 

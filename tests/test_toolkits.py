@@ -2,6 +2,7 @@
 
 import csv
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,6 +113,20 @@ def test_fewest_bits_move_the_logits_most(name, demo, tmp_path):
         errors.append(((logits - expected).norm() / expected.norm()).item())
         assert all(file.parent == tmp_path and file.stat().st_size for file in files)
     assert 0 < errors[0] < 0.3 and errors == sorted(set(errors))
+
+
+def test_signals_are_still_handled_after_nncf_has_compressed(demo, tmp_path):
+    pytest.importorskip("nncf")
+    lines = [
+        "import signal, subprocess, sys, torch; from pathlib import Path",
+        "from scripts import runtimes, vendors",
+        "signal.signal(signal.SIGCHLD, lambda number, frame: None)",  # as a loader with workers sets one
+        "source = runtimes.FloatModel('demo_vit', None, Path(sys.argv[1]))",
+        "vendors.compress_nncf(source, torch.randn(2, 3, 64, 64), Path(sys.argv[2]), (4, 16))",
+        "print(subprocess.run(['true']))",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines), demo.onnx, tmp_path]
+    assert subprocess.run(command, cwd=toolkits.ROOT, capture_output=True).returncode == 0
 
 
 def call(monkeypatch, *arguments):
