@@ -23,6 +23,7 @@ class Recipe:
     shade: bool = False  # quant/contrast.py: some of the images a second time, shaded
     balance: bool = False  # quant/balance.py, before anything is quantized
     rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
+    fold_biases: bool = False  # quant/biases.py, after both, as a rotation moves the shifts of norms into biases
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
     learn: bool = False  # quant/learning.py, after all of it
@@ -77,12 +78,13 @@ BEST = Recipe(
     ),
     edges=("act_input", "patch_embed.proj.weight", "act_pooled", "head.*", "head_dist.*"),
     # Two activations are multiplied in integers by OpenVINO only if neither has one. Softmax's output begins at 0, and
-    # has none anyhow; queries, keys and values lie on both sides of it, and lose next to nothing.
+    # has none anyhow; queries, keys and values lie on both sides of it.
     symmetric=("*.act_query", "*.act_key", "*.act_value", "*.act_rotated_*", "*.act_unit_*"),
     stretch=True,
     shade=True,
     balance=True,
     rotate=True,
+    fold_biases=True,
     search_ranges=True,
     compensate=True,
 )

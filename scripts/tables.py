@@ -85,12 +85,16 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 
 
 def precision_large_table(rows: list[dict[str, str]]) -> str:
-    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision."""
+    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision.
+
+    Those in bfloat16, its default, are among the rows of the recipes.
+    """
     if not rows:
         return "Not run yet."
     lines = ["| model (float top-1) | bits | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
-    both = read_csv(RESULTS / "precision_large_fp32.csv"), rows
     seeds = len({row["seed"] for row in rows})
+    by_default = [row for row in read_csv(RESULTS / "recipes.csv") if row["recipe"] == rows[0]["recipe"]]
+    both = rows, [row for row in by_default if row["model"] == rows[0]["model"]]
     for w_bit, a_bit in bit_widths(rows):
         top1 = [[float(row["top1"]) for row in with_bits(some, (w_bit, a_bit))] for some in both]
         difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
@@ -166,6 +170,18 @@ def onnx_rates(model: str) -> list[float | None]:
         return [None, None]
     latency = json.loads(path.read_text())["latency_ms"]["8"]
     return [8000 / latency[kind] for kind in ("float", "onnx")]
+
+
+def bf16_table(rows: list[dict[str, str]]) -> str:
+    """Top-1 with products in either precision, of float models and of their quantized forms."""
+    if not rows:
+        return "Not run yet."
+    lines = ["| model | form | float32 | bf16 | same prediction |", "|---|---|---|---|---|"]
+    for row in rows:
+        top1 = " | ".join(f"{float(row[name]):.2f}" for name in ("fp32_top1", "top1"))
+        lines.append(f"| {row['model']} | {row['form']} | {top1} | {float(row['agreement']):.2f} % |")
+    about = f"Top-1 in percent on {_all_of(rows, 'n')} images; {_all_of(rows, 'calibration_images')} generated images "
+    return "\n".join([*lines, "", f"{about}to calibrate with; {computed_with(rows)}"])
 
 
 def whole_runs_table(rows: list[dict[str, str]]) -> str:
@@ -492,8 +508,9 @@ TABLES = {
     "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
     "dino": (partial(small_table, (OUTLIERS,), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
-    "precision_large_bf16": (precision_large_table, "docs/results.md", read_csv),
+    "precision_large_fp32": (precision_large_table, "docs/results.md", read_csv),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
+    "bf16": (bf16_table, "docs/results.md", read_csv),
     "whole_runs": (whole_runs_table, "docs/results.md", read_csv),
     "paper": (paper_table, "docs/results.md", read_rows),
     "steps": (steps_table, "docs/results.md", read_csv),

@@ -38,7 +38,7 @@ def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
 
 @torch.no_grad()
 def test_a_model_learns_on_images_what_holds_for_others(monkeypatch):
-    monkeypatch.setattr(Student, "total", 60)
+    monkeypatch.setattr(Student, "total", 100)
     model = build_model("demo_vit")
     images = torch.from_numpy(render_others(32, 64, 0)).permute(0, 3, 1, 2) / 127.5 - 1
     expected = model(images)
