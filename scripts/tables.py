@@ -312,10 +312,9 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
         lines.append(f"| {name} | {toolkit} | {some[0]['runtime']} | {size} | {' | '.join(cells)} |")
     errors = dict.fromkeys((row["model"], row["toolkit"], row["error"]) for row in rows if row["error"])
     failed = [f"- {toolkit} on {model} failed: `{error}`" for model, toolkit, error in errors]
-    seeds = {row["seed"] for row in usual}
-    about = f"Top-1 in percent, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    about += f"{', mean and standard deviation' * (len(seeds) > 1)}; {CALIBRATION_IMAGES} calibration images; "
-    about += f"{_all_of(usual, 'device')}; {versions_of(rows)}."
+    seeds = len({row["seed"] for row in usual})
+    about = f"Top-1 in percent of one seed{f', or mean and standard deviation of {seeds}' * (seeds > 1)}; "
+    about += f"{CALIBRATION_IMAGES} calibration images; {_all_of(usual, 'device')}; {versions_of(rows)}."
     parts = ["\n".join(lines), "\n".join(failed), about, number_table(rows)]
     return "\n\n".join(part for part in parts if part)
 

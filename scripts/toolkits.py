@@ -4,6 +4,7 @@
     python scripts/toolkits.py --model demo_vit --images "runs/images/{model}_seed{seed}.safetensors"
     python scripts/toolkits.py --model demo_vit --bits 4/8 4/4 --kinds generated --images ...
     python scripts/toolkits.py --model demo_vit --latency
+    python scripts/toolkits.py --model deit_tiny swin_tiny --random --latency
 
 One row a model, toolkit, bit widths, kind of images and seed is appended to --rows as it is measured, and a row that
 is there is not measured again. A toolkit that fails on a model is a row, too, with its error.
@@ -266,13 +267,16 @@ def parse_bits(text: str) -> Bits:
 
 def label(options: argparse.Namespace, source: FloatModel) -> str:
     """What rows call the model: its name, and that of its file of weights."""
-    return f"{source.name} {options.checkpoint.stem}" if options.checkpoint else source.name
+    weights = options.checkpoint.stem if options.checkpoint else "random" if options.random else ""
+    return f"{source.name} {weights}".rstrip()
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that do not go together, and files that are not there, before any work."""
     if options.checkpoint and len(options.model) > 1:
         raise InputError(f"--checkpoint: goes with one model; got {len(options.model)}")
+    if options.random and not options.latency:
+        raise InputError("--random: goes with --latency, as random weights have no accuracy; got none")
     if options.latency:
         return
     if {"generated", "contrast"} & set(options.kinds):
@@ -313,6 +317,7 @@ def main() -> None:
     )
     add("--limit", type=positive, metavar="N", help="validate on N images (all)")
     add("--latency", action="store_true", help="measure latencies instead, in turns: nothing else may run meanwhile")
+    add("--random", action="store_true", help="random weights: latencies do not depend on them (pre-trained)")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="accuracies (scripts/results/toolkits.csv)")
     add("--latency-rows", type=Path, default=LATENCIES, metavar="FILE", help="latencies (.../toolkits_latency.csv)")
     options = parser.parse_args()
@@ -322,7 +327,8 @@ def main() -> None:
     logging.disable(logging.WARNING)  # of what toolkits think of every norm
     for name in options.model:
         with tempfile.TemporaryDirectory() as folder:
-            source = FloatModel(name, build_model(name, options.checkpoint), Path(folder) / "float.onnx")
+            model = build_model(name, options.checkpoint, pretrained=not options.random)
+            source = FloatModel(name, model, Path(folder) / "float.onnx")
             export_onnx(source.onnx, source.model, name)
             (append_latencies if options.latency else measure_accuracies)(options, source, toolkits)
 

@@ -204,6 +204,7 @@ def test_what_is_not_installed_is_left_out_or_refused_by_name(monkeypatch, capsy
     ("arguments", "reason"),
     [
         (["--model", "demo_vit"], "--images: expected files of generated images"),
+        (["--model", "demo_vit", "--random"], "--random: goes with --latency"),
         (["--model", "demo_vit", "--images", "absent-{seed}.npy"], r"--images absent-0\.npy: no such file"),
         (["--model", "deit_tiny", "--kinds", "noise"], "expected --dataset"),
         (["--model", "demo_vit", "demo_swin", "--checkpoint", "w.pth"], "--checkpoint: goes with one model; got 2"),
