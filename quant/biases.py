@@ -1,8 +1,8 @@
-"""Biases that attention does not need: those of keys go, those of values move to the projection; the same function.
+"""Biases that attention does not need: those of the keys.
 
-A bias of the keys adds the same to all scores of a query, which softmax does not see. A row of softmax sums to one, so
-a bias of the values is in every context, once. Either costs the range of its tensor and puts it off centre. And what is
-added to all values counts as often as a row sums to after rounding, which with few bits is not once.
+A bias of the keys adds the same to all scores of a query, which softmax does not see; but it costs the range of the
+keys, and puts it off centre. (That of the values could go to the projection, as a row of softmax sums to one. In pre-trained
+models it cancels what the tokens hold to which attention goes that has nothing to look for, so it is left there.)
 """
 
 import torch
@@ -10,11 +10,8 @@ from torch import nn
 
 
 @torch.no_grad()
-def fold_biases(model: nn.Module) -> None:
-    """Clear the biases of all keys and values of a timm ViT, DeiT or Swin in place, where the projection has one."""
+def drop_key_biases(model: nn.Module) -> None:
+    """Clear the biases of all keys of a timm ViT, DeiT or Swin in place: the same function."""
     for attention in [module for module in model.modules() if hasattr(module, "qkv")]:
-        qkv, projection = attention.qkv, attention.proj
-        if qkv.bias is not None and projection.bias is not None:
-            _, key, value = qkv.bias.chunk(3)
-            projection.bias.add_(projection.weight @ value)
-            key.zero_(), value.zero_()
+        if attention.qkv.bias is not None:
+            attention.qkv.bias.chunk(3)[1].zero_()

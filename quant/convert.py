@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quant import modules
 from quant.balance import balance
-from quant.biases import fold_biases
+from quant.biases import drop_key_biases
 from quant.contrast import add_shaded, stretch
 from quant.families import SWAPS, check_supported, untouched
 from quant.learning import Student
@@ -46,7 +46,7 @@ def quantize_model(
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
     swap_layers(model, recipe)
-    if (recipe.balance or recipe.fold_biases or recipe.rotate) and (reason := obstacle(model)):
+    if (recipe.balance or recipe.drop_key_biases or recipe.rotate) and (reason := obstacle(model)):
         note(model, f"neither balanced nor rotated: {reason}")
     elif recipe.balance:
         balance(model)
@@ -156,10 +156,10 @@ def calibrate(
 
 
 def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
-    """Fold biases, observe and search ranges, then round the weights; returns the model, calibrated."""
+    """Drop biases, observe and search ranges, then round the weights; returns the model, calibrated."""
     recipe, run = model.recipe, partial(forward, model, images, batch_size)
-    if recipe.fold_biases and not obstacle(model):
-        fold_biases(model)
+    if recipe.drop_key_biases and not obstacle(model):
+        drop_key_biases(model)
     with observing(model):
         run()
     for name, (low, high) in activation_ranges(model).items():

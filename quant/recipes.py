@@ -23,7 +23,7 @@ class Recipe:
     shade: bool = False  # quant/contrast.py: some of the images a second time, shaded
     balance: bool = False  # quant/balance.py, before anything is quantized
     rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
-    fold_biases: bool = False  # quant/biases.py, after both, as a rotation moves the shifts of norms into biases
+    drop_key_biases: bool = False  # quant/biases.py, after both, as a rotation moves the shifts of norms into biases
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
     learn: bool = False  # quant/learning.py, after all of it
@@ -84,7 +84,7 @@ BEST = Recipe(
     shade=True,
     balance=True,
     rotate=True,
-    fold_biases=True,
+    drop_key_biases=True,
     search_ranges=True,
     compensate=True,
 )
