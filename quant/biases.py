@@ -1,8 +1,8 @@
 """Biases that attention does not need: those of the keys.
 
 A bias of the keys adds the same to all scores of a query, which softmax does not see; but it costs the range of the
-keys, and puts it off centre. (That of the values could go to the projection, as a row of softmax sums to one. In pre-trained
-models it cancels what the tokens hold to which attention goes that has nothing to look for, so it is left there.)
+keys, and puts it off centre. (That of the values could go to the projection, as a row of softmax sums to one. But in
+pre-trained models it cancels what those tokens hold that attention goes to when there is nothing to look for.)
 """
 
 import torch
