@@ -17,7 +17,7 @@ def test_both_forms_are_measured_in_both_precisions(tmp_path, image_root, monkey
     monkeypatch.setattr(sys, "argv", ["bf16.py", *map(str, line), "--rows", str(rows)])
     seen, predict = [], bf16.predict
     monkeypatch.setattr(
-        "scripts.accuracy.predict", lambda *of: seen.append(torch.is_autocast_cpu_enabled()) or predict(*of)
+        "scripts.accuracy.predict", lambda *of: seen.append(torch.is_autocast_enabled("cpu")) or predict(*of)
     )
     bf16.main()
     found = tables.read_csv(rows)

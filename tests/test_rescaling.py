@@ -1,6 +1,7 @@
 """Recipes on a model with outliers that it did not have before, although it is the same function."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,11 +39,12 @@ def test_outliers_break_the_paper_and_not_the_best_recipe(name):
 def test_tokens_that_stand_out_break_the_paper_and_not_the_placement_on_inputs():
     model = build_model("demo_vit")
     logits = model(IMAGES)
-    plain = {recipe: error(model, logits, recipe) for recipe in (PAPER, INPUTS, BEST)}
+    unrotated = replace(BEST, rotate=False)  # a rotation is tried, and may be taken of one and not of the other
+    plain = {recipe: error(model, logits, recipe) for recipe in (PAPER, INPUTS, unrotated)}
     shift_tokens(model, IMAGES)
     torch.testing.assert_close(model(IMAGES), logits, rtol=1e-3, atol=1e-3)
     assert error(model, logits, PAPER) > 2 * plain[PAPER]
-    for recipe in (INPUTS, BEST):
+    for recipe in (INPUTS, unrotated):
         assert error(model, logits, recipe) < 1.1 * plain[recipe]
 
 

@@ -236,7 +236,7 @@ def test_tables_have_a_line_for_what_was_not_run():
     assert "1.23" not in text  # this table is of 8 bits
     assert "| m | u |" not in text  # one number of images is no comparison
     assert "| m (70.00, 50) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
-    assert "| m | t | 68.00 ± 0.00 | 93.00 ± 1.41 |" in text and "2 seeds, mean and standard deviation" in text
+    assert "| m | t | 68.00 ± 0.00 | 93.00 ± 1.41 |" in text and "mean and standard deviation of 2;" in text
 
 
 def test_rivals_stand_beside_the_recipes_on_the_same_images():
