@@ -244,7 +244,8 @@ def rivals_table(rows: list[dict[str, str]], toolkits: list[dict[str, str]]) -> 
     if not lines:
         return ""
     head = "| percent of float top-1 | quantized |" + "".join(f" W{w_bit}/A{a_bit} |" for w_bit, a_bit in bits)
-    about = f"Mean and standard deviation of {len(seeds)} seed{'s' * (len(seeds) > 1)}, or of as many as a cell says; "
+    several = f", or mean and standard deviation of {len(seeds)}" * (len(seeds) > 1)
+    about = f"One seed{several}; "
     about += f"{CALIBRATION_IMAGES} generated images; {versions_of(rivals)}."
     return "\n".join([head, "|---" * (len(bits) + 2) + "|", *lines, "", about])
 
@@ -252,7 +253,8 @@ def rivals_table(rows: list[dict[str, str]], toolkits: list[dict[str, str]]) -> 
 def rival_cell(rows: list[dict[str, str]], seeds: int) -> str:
     """Percent of float top-1 of the rows of one toolkit at the same bits, or that it failed."""
     measured = [row for row in rows if not row["error"]]
-    return spread_of(kept(measured), seeds) if measured else "failed" if rows else "-"
+    several = seeds if len(measured) > 1 else 1
+    return spread_of(kept(measured), several) if measured else "failed" if rows else "-"
 
 
 def kept_table(rows: list[dict[str, str]]) -> str:
