@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 SHADED = 4  # one image in so many is also shaded: with 8 bits that is enough, and with 3 all of them cost accuracy
-
-
 Values = Sequence[float] | Tensor  # of the three channels
 
 

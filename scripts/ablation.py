@@ -20,17 +20,13 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 from torch import Tensor, nn
 
-from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, LEARNED, PAPER, Recipe
-from scripts.accuracy import ORIGIN, decoded, measure, origin, parse_bits, predict
+from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, parse_bits, predict
 from scripts.rows import append_row
 from scripts.tables import read_csv
-from utils.data import validation_images
-from utils.images import load_images
-from utils.options import add_checkpoint, add_model
 from utils.run.errors import exit_cleanly
-from utils.run.options import DEVICE_HELP, Parser, natural, pick_device, positive
+from utils.run.options import Parser, natural
 from utils.run.precision import float32_products
 from utils.run.progress import progress_bar
 
@@ -73,23 +69,14 @@ def ablate(
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    add_model(parser)
-    add_checkpoint(parser)
+    add_case(parser)
     add = parser.add_argument
-    add("--dataset", type=Path, required=True, metavar="DIR", help="data set with val/ class folders")
-    add("--images", type=Path, required=True, metavar="FILE", help="generated images to calibrate with")
     add("--bits", nargs="+", default=["8/8", "4/8", "6/6", "4/4"], metavar="W/A", help="bit widths (8/8 4/8 6/6 4/4)")
     add("--recipes", nargs="+", choices=variants(), default=list(variants()), metavar="NAME", help="which (all)")
     add("--seed", type=natural, default=0, metavar="N", help="seed of the images, for the rows (0)")
-    add("--limit", type=positive, metavar="N", help="validate on N images (all)")
-    add("--device", metavar="NAME", help=DEVICE_HELP)
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/recipes.csv)")
     options = parser.parse_args()
-    device = pick_device(options.device)
-    model = build_model(options.model, options.checkpoint).to(device)
-    calibration = load_images(options.images, model.patch_embed.img_size)["images"]
-    data = validation_images(options.dataset, evaluation_transform(model), model.num_classes, None, options.limit)
-    val = decoded(data)
+    device, model, calibration, val = open_case(options)
     # Another number than the recipe's own is another line of the tables
     labels = {name: named(name, recipe, len(calibration)) for name, recipe in variants().items()}
     about = {

@@ -1,7 +1,7 @@
 """Accuracy for scripts that quantize one model many times: its images are decoded once, its float predictions kept."""
 
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -10,12 +10,36 @@ import utils.run.environment  # isort: skip
 import torch
 from torch import Tensor, nn
 
-from utils.data import Images
-from utils.options import bit_width
+from models import build_model, evaluation_transform
+from utils.data import Images, validation_images
+from utils.images import load_images
+from utils.options import add_checkpoint, add_model, bit_width
 from utils.outputs import CPU_BATCH
 from utils.run.errors import InputError
+from utils.run.options import DEVICE_HELP, pick_device, positive
 
 ORIGIN = ("device", "torch", "timm", "commit", "date")  # columns of rows: `origin`, and when it was measured
+
+
+def add_case(parser: ArgumentParser) -> None:
+    """Add the options that name a model, and what it is calibrated and validated on."""
+    add_model(parser)
+    add_checkpoint(parser)
+    add = parser.add_argument
+    add("--dataset", type=Path, required=True, metavar="DIR", help="data set with val/ class folders")
+    add("--images", type=Path, required=True, metavar="FILE", help="generated images to calibrate with")
+    add("--limit", type=positive, metavar="N", help="validate on N images (all)")
+    add("--device", metavar="NAME", help=DEVICE_HELP)
+
+
+def open_case(options: Namespace) -> tuple[torch.device, nn.Module, Tensor, tuple[Tensor, Tensor]]:
+    """The device, the float model on it, the images to calibrate with, and validation images with their labels."""
+    device = pick_device(options.device)
+    model = build_model(options.model, options.checkpoint).to(device)
+    calibration = load_images(options.images, model.patch_embed.img_size)["images"]
+    transform = evaluation_transform(model)
+    data = validation_images(options.dataset, transform, model.num_classes, limit=options.limit)
+    return device, model, calibration, decoded(data)
 
 
 def decoded(data: Images) -> tuple[Tensor, Tensor]:

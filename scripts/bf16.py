@@ -13,15 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken installation is told in one line
 
-from models import build_model, evaluation_transform
 from quant import calibrate, quantize_model
-from scripts.accuracy import ORIGIN, decoded, measure, origin, predict
+from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, predict
 from scripts.rows import append_row
-from utils.data import validation_images
-from utils.images import load_images
-from utils.options import add_checkpoint, add_model
 from utils.run.errors import exit_cleanly
-from utils.run.options import DEVICE_HELP, Parser, pick_device, positive
+from utils.run.options import Parser
 from utils.run.precision import float32_products, model_products
 
 ROWS = Path(__file__).resolve().parent / "results" / "bf16.csv"
@@ -30,20 +26,11 @@ COLUMNS = ("model", "form", "n", "top1", "fp32_top1", "agreement", "calibration_
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    add_model(parser)
-    add_checkpoint(parser)
+    add_case(parser)
     add = parser.add_argument
-    add("--dataset", type=Path, required=True, metavar="DIR", help="data set with val/ class folders")
-    add("--images", type=Path, required=True, metavar="FILE", help="generated images to calibrate with")
-    add("--limit", type=positive, metavar="N", help="validate on N images (all)")
-    add("--device", metavar="NAME", help=DEVICE_HELP)
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/bf16.csv)")
     options = parser.parse_args()
-    device = pick_device(options.device)
-    model = build_model(options.model, options.checkpoint).to(device)
-    calibration = load_images(options.images, model.patch_embed.img_size)["images"]
-    transform = evaluation_transform(model)
-    images, labels = decoded(validation_images(options.dataset, transform, model.num_classes, limit=options.limit))
+    device, model, calibration, (images, labels) = open_case(options)
     with float32_products():
         forms = {"float": model, "W8/A8": calibrate(quantize_model(copy.deepcopy(model)), calibration)}
         for form, each in forms.items():
