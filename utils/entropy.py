@@ -18,6 +18,7 @@ BANDWIDTH = 0.01  # h of the Gaussian kernel (published implementation; the pape
 POINTS = 10  # K, where the density is evaluated (published implementation)
 DENSITY_FLOOR = 1e-4  # keeps the logarithm finite where there is no similarity (published implementation)
 NARROW = 1e-3  # a span of similarities in which float32's roundings show
+LEAST_EXPONENT = -100.0  # of two: 1e-30, which the floor swallows. Numbers below 2^-126 take a CPU three times as long
 
 
 def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
@@ -160,7 +161,7 @@ def gaussian_kernel(samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
     log_weight = (count / (count.sum() * math.sqrt(2 * math.pi) * BANDWIDTH)).log2()
     offset = samples[:, None] - points[:, None]
     torch.addcmul(log_weight, offset, offset, value=-math.log2(math.e) / (2 * BANDWIDTH**2), out=offset)
-    return offset.exp2_()  # in place throughout: it is the largest tensor of a step
+    return offset.clamp_(min=LEAST_EXPONENT).exp2_()  # in place throughout: it is the largest tensor of a step
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
