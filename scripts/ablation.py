@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -91,8 +90,7 @@ def main() -> None:
         names = [name for name in options.recipes if (*about_bits, labels[name], str(options.seed)) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
-                date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                append_row(options.rows, about | row | {"recipe": labels[row["recipe"]], "date": date}, COLUMNS)
+                append_row(options.rows, about | row | {"recipe": labels[row["recipe"]]}, COLUMNS)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

@@ -18,7 +18,7 @@ from utils.outputs import CPU_BATCH
 from utils.run.errors import InputError
 from utils.run.options import DEVICE_HELP, pick_device, positive
 
-ORIGIN = ("device", "torch", "timm", "commit", "date")  # columns of rows: `origin`, and when it was measured
+ORIGIN = ("device", "torch", "timm", "commit", "date")  # columns of rows: `origin`, and the date
 
 
 def add_case(parser: ArgumentParser) -> None:

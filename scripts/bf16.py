@@ -7,7 +7,6 @@ Two rows a model, float and W8/A8, are appended to --rows. The images are those 
 
 import copy
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,8 +38,7 @@ def main() -> None:
                 measured = measure(each, expected, images, labels)
             row = {"model": options.model, "form": form, "calibration_images": len(calibration)} | measured
             row["fp32_top1"] = row.pop("float_top1")
-            date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            append_row(options.rows, row | origin(device) | {"date": date}, COLUMNS)
+            append_row(options.rows, row | origin(device), COLUMNS)
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,7 +41,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: dict, columns: tuple[str, ...] = COLUMNS) -> None:
-    """Append one row, also while other runs append theirs; the first is preceded by the names of the columns."""
+    """Append one row, also while other runs append theirs; the first is preceded by the names of the columns.
+
+    Where there is a column for it, a row without a date gets that of now.
+    """
+    if "date" in columns:
+        row = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | row
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

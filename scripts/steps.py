@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +169,7 @@ def main() -> None:
     for seed in options.seed:
         for subject in subjects:
             for row in measure_seed(subject, options.images_folder, seed, done):
-                date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                append_row(options.rows, row | about | {"date": date}, COLUMNS)
+                append_row(options.rows, row | about, COLUMNS)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -248,12 +247,11 @@ def append_latencies(options: argparse.Namespace, source: FloatModel, toolkits: 
 
 
 def origin(toolkit: Toolkit) -> dict[str, str | None]:
-    """Where, when and with what a row was measured."""
+    """Where and with what a row was measured."""
     return {
         "versions": toolkit.versions(),
         "device": utils.run.environment.device_name(torch.device("cpu")),
         "commit": utils.run.environment.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -81,8 +80,7 @@ def main() -> None:
     more = ["--steps", str(options.steps), *(["--limit", str(options.limit)] if options.limit else [])]
     for name in options.model:
         find_dataset(DATASETS.get(name, "demo"))
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        row = whole_run(name, more) | origin(pick_device(None)) | {"date": date}
+        row = whole_run(name, more) | origin(pick_device(None))
         append_row(options.rows, row, COLUMNS)
         print(", ".join(f"{column} {row[column]}" for column in COLUMNS[: -len(ORIGIN)]), flush=True)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_rows_are_appended_and_a_repeated_run_replaces_its_failure(tmp_path):
     first, second = rows.read_rows(path)
     assert (first["seed"], first["top1"], first["error"]) == ("0", "60.0", "")
     assert second["seed"] == "1"
+
+
+def test_a_row_is_dated_when_it_is_appended(tmp_path):
+    def written(name, values, columns):
+        rows.append_row(tmp_path / name, values, columns)
+        return (tmp_path / name).read_text().splitlines()[1]
+
+    now = written("now", {"model": "a"}, ("model", "date"))
+    assert datetime.fromisoformat(now.removeprefix("a,")).tzinfo == timezone.utc
+    assert written("given", {"date": "then"}, ("date",)) == "then"
+    assert written("no column", {"n": 1}, ("n",)) == "1"
 
 
 @pytest.mark.parametrize(
