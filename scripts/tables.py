@@ -87,23 +87,27 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 def precision_large_table(rows: list[dict[str, str]]) -> str:
     """A larger model, of which scripts/ablation.py has measured images that were generated in either precision.
 
-    Those in bfloat16, its default, are among the rows of the recipes.
+    Those in bfloat16, its default, are among the rows of the recipes; of more seeds they are in a file of their own.
     """
     if not rows:
         return "Not run yet."
-    lines = ["| model (float top-1) | bits | fp32 | bf16 | difference |", "|---|---|---|---|---|"]
+    lines = ["| recipe | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |", "|---" * 7 + "|"]
+    by_default = read_csv(RESULTS / "recipes.csv") + read_csv(RESULTS / "precision_large_bf16.csv")
     seeds = len({row["seed"] for row in rows})
-    by_default = [row for row in read_csv(RESULTS / "recipes.csv") if row["recipe"] == rows[0]["recipe"]]
-    both = rows, [row for row in by_default if row["model"] == rows[0]["model"]]
-    for w_bit, a_bit in bit_widths(rows):
-        top1 = [[float(row["top1"]) for row in with_bits(some, (w_bit, a_bit))] for some in both]
-        difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
-        cells = [spread_of(some, seeds) for some in top1]
-        lines.append(
-            f"| {model_name(rows, rows[0]['model'])} | W{w_bit}/A{a_bit} | {' | '.join(cells)} | {difference} |"
-        )
-    about = f"Top-1 in percent on {_all_of(rows, 'n')} images, mean and standard deviation of {seeds} seed"
-    about += f"{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        both = [[row for row in some if row["recipe"] == recipe] for some in (rows, by_default)]
+        both[1] = [row for row in both[1] if row["model"] == rows[0]["model"]]
+        for w_bit, a_bit in bit_widths(both[0]):
+            pairs = [with_bits(some, (w_bit, a_bit)) for some in both]
+            top1, agreement = ([[float(row[name]) for row in some] for some in pairs] for name in ("top1", "agreement"))
+            difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
+            cells = [spread_of(some, seeds) for some in (*top1, *agreement)]
+            cells.insert(2, difference)
+            lines.append(f"| {recipe} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
+    about = (
+        f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, mean and standard deviation of "
+    )
+    about += f"{seeds} seed{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
     return "\n".join([*lines, "", about + computed_with(rows)])
 
 

@@ -24,7 +24,7 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 
 
 def model_products(precision: str, device: torch.device) -> torch.autocast | nullcontext:
-    """The context for a model's forward pass: bfloat16 products where asked for; softmax and norms stay float32."""
+    """The context for a model's forward pass: bfloat16 products where asked for; softmax and norms sum in float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
