@@ -133,22 +133,21 @@ def measure_toolkit(
 
 
 def measure_latencies(
-    toolkits: dict[str, Toolkit], source: FloatModel, threads: int, folder: Path
+    toolkits: dict[str, Toolkit], source: FloatModel, call: Call, threads: int
 ) -> Iterator[dict[str, float | int | str]]:
-    """Milliseconds a batch of each toolkit and of the float model, in turns, in one runtime."""
+    """Milliseconds a batch of each toolkit, `call`ed, and of the float model, in turns, in one runtime."""
     (runtime,) = {toolkit.runtime for toolkit in toolkits.values()}
-    images = draw_noise(8, source.model.patch_embed.img_size, 0)
+    size = source.model.patch_embed.img_size
     ready = {"float": FAST[runtime](float_program(source, runtime), threads)}
-    call = quantizer(source, images, folder)
     for name, toolkit in toolkits.items():
         try:
             ready[name] = FAST[runtime](call(toolkit.quantize, *EIGHT)[0], threads)
-            ready[name](images)
+            ready[name](draw_noise(1, size, 1))
         except Exception as error:
             yield {"toolkit": name, "threads": threads, "runtime": runtime, "error": first_line(error)}
             ready.pop(name, None)
     for batch in BATCH_SIZES:
-        feed = draw_noise(batch, source.model.patch_embed.img_size, 1)
+        feed = draw_noise(batch, size, 1)
         calls: dict[str, Callable[[], object]] = {name: partial(predict, feed) for name, predict in ready.items()}
         for run in calls.values():  # compiled, and its threads started, on any core
             run()
@@ -230,20 +229,18 @@ def append_latencies(options: argparse.Namespace, source: FloatModel, toolkits: 
     """Append the rows that are not there yet, of toolkits that do not only simulate."""
     done = {tuple(row[key] for key in LATENCY_KEY[:3]) for row in read_csv(options.latency_rows)}
     model = label(options, source)
-    for threads in dict.fromkeys((1, available_cores())):
-        for runtime in FAST:
+    with tempfile.TemporaryDirectory() as folder:
+        call = quantizer(source, draw_noise(8, source.model.patch_embed.img_size, 0), Path(folder))
+        for threads, runtime in product(dict.fromkeys((1, available_cores())), FAST):
             some = {
                 name: toolkit
                 for name, toolkit in toolkits.items()
                 if toolkit.runtime == runtime and (model, name, str(threads)) not in done
             }
-            if not some:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                for measured in measure_latencies(some, source, threads, Path(folder)):
-                    about = origin(toolkits[measured["toolkit"]]) | {"device": machine_name()}
-                    append_row(options.latency_rows, {"model": model} | about | measured, LATENCY_COLUMNS)
-                    print(", ".join(f"{name} {value}" for name, value in measured.items()), flush=True)
+            for measured in measure_latencies(some, source, call, threads) if some else ():
+                about = origin(toolkits[measured["toolkit"]]) | {"device": machine_name()}
+                append_row(options.latency_rows, {"model": model} | about | measured, LATENCY_COLUMNS)
+                print(", ".join(f"{name} {value}" for name, value in measured.items()), flush=True)
 
 
 def origin(toolkit: Toolkit) -> dict[str, str | None]:
