@@ -15,7 +15,7 @@ class QuantBeitAttention(Attention):
     """Modifications: as in QuantAttention, and bias table and sum quantized, as in Swin."""
 
     parts = ("qkv", "proj")
-    qkv_of, heads = QuantAttention.qkv_of, QuantAttention.heads
+    qkv_of, heads, merge_heads = QuantAttention.qkv_of, QuantAttention.heads, QuantAttention.merge_heads
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -30,8 +30,8 @@ class QuantBeitAttention(Attention):
         if self.relative_position_bias_table is not None:
             biases.append(self._get_rel_pos_bias())
         scores = self.act_biased_scores(sum(biases, start=scores))
-        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B, h, N, d)
-        return self.proj(self.act_context(context.transpose(1, 2).flatten(2)))
+        context = self.merge_heads(self.act_probs(scores.softmax(dim=-1)) @ v)  # (B, N, D)
+        return self.proj(self.act_context(context))
 
     def _get_rel_pos_bias(self) -> Tensor:
         return bias_of(self.act_bias(self.relative_position_bias_table.clone()), self.relative_position_index)

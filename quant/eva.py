@@ -23,6 +23,7 @@ class RotaryAttention(nn.Module):
     float_outputs = ("q_norm", "k_norm", "norm", "gate")
     activations = ("act_rotated_query", "act_rotated_key", "act_scores", "act_probs", "act_value", "act_context")
     qkv_of, attend, project = QuantAttention.qkv_of, QuantAttention.attend, QuantAttention.project
+    merge_heads = QuantAttention.merge_heads
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **masks: None) -> Tensor:
         q, k, v = self.heads(x)

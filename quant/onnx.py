@@ -131,7 +131,7 @@ class OnnxConv2d(OnnxWeight, QuantConv2d):
 
 
 class OnnxHeads:
-    """Mixin: heads are split in integers; the scores' factor 1 / sqrt(d) is in the scale of a quantizer of theirs."""
+    """Mixin: heads are split and merged in integers; the scores' factor 1 / sqrt(d) is in the scale of a quantizer."""
 
     def prepare(self) -> None:
         if isinstance(self.act_query, QuantAct):
@@ -144,6 +144,12 @@ class OnnxHeads:
         B, N, _ = x.shape
         heads = self.qkv_of(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
         return tuple(map(self.qkv.act_output.dequantize, heads.chunk(3, dim=1)))  # (B, h, N, d) each
+
+    def merge_heads(self, context: Tensor) -> Tensor:
+        act, norm, gate = self.act_context, getattr(self, "norm", None), getattr(self, "gate", None)
+        if isinstance(act, QuantAct) and not act.symmetric and isinstance(norm, nn.Identity | None) and gate is None:
+            context = act.quantize(context)  # it is the same to round before the move, which is then of bytes
+        return super().merge_heads(context)
 
 
 class OnnxAttention(OnnxHeads, QuantAttention):
@@ -167,7 +173,11 @@ class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
 
 
 class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
-    """Modifications: windows are cut and joined in integers, unless they are padded: with zeros, not with codes."""
+    """Modifications: windows are cut and joined in integers, unless they are padded: with zeros, not with codes.
+
+    Elsewhere there is one row of tokens, (B, H * W, D): OpenVINO fuses what follows a product, and what a norm consists
+    of, only in tensors of three dimensions.
+    """
 
     def prepare(self) -> None:
         act, joined = self.norm1.act_output, self.attn.proj.act_output
@@ -178,8 +188,10 @@ class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
             self.norm1.act_output, self.attn.read = nn.Identity(), act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act_residual1(x + self.attn.proj.act_output.dequantize(self._attn(self.norm1(x))))
-        return self.act_residual2(x + self.mlp(self.norm2(x)))
+        places, x = x.shape[1:3], x.flatten(1, 2)
+        attended = self.attn.proj.act_output.dequantize(self._attn(self.norm1(x).unflatten(1, places)))
+        x = self.act_residual1(x + attended.flatten(1, 2))
+        return self.act_residual2(x + self.mlp(self.norm2(x))).unflatten(1, places)
 
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {

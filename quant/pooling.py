@@ -13,7 +13,7 @@ class QuantAttentionPoolLatent(AttentionPoolLatent):
     """Modifications: tokens and query quantized, the products as in QuantAttention, the residual sum quantized."""
 
     parts = ("q", "kv", "q_norm", "k_norm", "proj", "norm", "mlp")
-    attend = QuantAttention.attend
+    attend, merge_heads = QuantAttention.attend, QuantAttention.merge_heads
 
     @property
     def activations(self) -> tuple[str, ...]:

@@ -16,16 +16,16 @@ class QuantWindowAttention(WindowAttention):
     activations = (*QuantAttention.activations, "act_bias", "act_biased_scores")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        BW, N, _ = x.shape
+        N = x.shape[1]
         q, k, v = self.split_heads(x)  # (B*W, h, N, d) each
         scores = self.act_scores((q * self.scale) @ k.transpose(-2, -1))  # (B*W, h, N, N)
         scores = self.act_biased_scores(scores + self._get_rel_pos_bias())
         if mask is not None:  # (W, N, N)
             scores = (scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]).view(scores.shape)
-        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B*W, h, N, d)
-        return self.proj(self.act_context(context.transpose(1, 2).reshape(BW, N, -1)))
+        context = self.merge_heads(self.act_probs(scores.softmax(dim=-1)) @ v)  # (B*W, N, D)
+        return self.proj(self.act_context(context))
 
-    qkv_of, heads = QuantAttention.qkv_of, QuantAttention.heads
+    qkv_of, heads, merge_heads = QuantAttention.qkv_of, QuantAttention.heads, QuantAttention.merge_heads
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = self.heads(x)

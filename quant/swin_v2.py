@@ -25,7 +25,7 @@ class QuantWindowAttentionV2(WindowAttention):
         *("act_unit_query", "act_unit_key", "act_scores", "act_computed_bias", "act_biased_scores"),
         *("act_probs", "act_value", "act_context"),
     )
-    qkv_of, heads = QuantAttention.qkv_of, QuantAttention.heads
+    qkv_of, heads, merge_heads = QuantAttention.qkv_of, QuantAttention.heads, QuantAttention.merge_heads
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         N = x.shape[1]
@@ -36,8 +36,8 @@ class QuantWindowAttentionV2(WindowAttention):
         scores = self.act_biased_scores(scores + self._get_rel_pos_bias())
         if mask is not None:  # (W, N, N)
             scores = (scores.view(-1, len(mask), self.num_heads, N, N) + mask[:, None]).view(scores.shape)
-        context = self.act_probs(scores.softmax(dim=-1)) @ self.act_value(v)  # (B*W, h, N, d)
-        return self.proj(self.act_context(context.transpose(1, 2).flatten(2)))
+        context = self.merge_heads(self.act_probs(scores.softmax(dim=-1)) @ self.act_value(v))  # (B*W, N, D)
+        return self.proj(self.act_context(context))
 
     def _get_rel_pos_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)

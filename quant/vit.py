@@ -45,7 +45,10 @@ class QuantAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(QK^T) V with heads merged, (B, N, D)."""
         scores = self.act_scores((q @ k.transpose(-2, -1)) * self.scale)  # (B, h, N, N)
-        context = self.act_probs(scores.softmax(dim=-1)) @ v  # (B, h, N, d)
+        return self.merge_heads(self.act_probs(scores.softmax(dim=-1)) @ v)
+
+    def merge_heads(self, context: Tensor) -> Tensor:
+        """(B, h, N, d) to (B, N, D)."""
         return context.transpose(1, 2).flatten(2)
 
     def project(self, context: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 
 from models import build_model
 from models.saved import export_onnx
+from quant import calibrate, quantize_model
+from quant.recipes import INPUTS
 from utils.images import draw_noise, save_images
 from utils.run.errors import InputError
 
@@ -94,6 +96,16 @@ def test_openvino_multiplies_integers_in_every_product_of_best(demo, tmp_path):
     kinds = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in about]
     products = [precision for kind, precision in kinds if kind in ("FullyConnected", "MatMul", "Subgraph")]
     assert len(products) >= 5 * len(demo.model.blocks) and set(products) <= {"u8", "i8"}  # attention's are a Subgraph
+
+
+def test_openvino_fuses_what_follows_a_product_of_swin(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = calibrate(quantize_model(build_model("demo_swin"), recipe=INPUTS), draw_noise(2, (64, 64), 0))
+    export_onnx(tmp_path / "swin.onnx", model, "demo_swin")
+    compiled = openvino.Core().compile_model(tmp_path / "swin.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    about = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    inside = {str(info["layerType"].value) for info in about if "gelu" in str(info["originalLayersNames"].value)}
+    assert inside == {"FullyConnected"}
 
 
 FEWER = [name for name, toolkit in vendors.TOOLKITS.items() if toolkit.bits != vendors.EIGHT]
