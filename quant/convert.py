@@ -20,8 +20,8 @@ from quant.learning import Student
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
 from quant.recipes import PAPER, Recipe, matches
-from quant.rotation import obstacle, rotate
 from quant.rounding import input_moments
+from quant.streams import obstacle, rotate
 
 
 def quantize_model(

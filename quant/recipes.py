@@ -22,7 +22,7 @@ class Recipe:
     stretch: bool = False  # quant/contrast.py: the images, before anything is calibrated on them
     shade: bool = False  # quant/contrast.py: some of the images a second time, shaded
     balance: bool = False  # quant/balance.py, before anything is quantized
-    rotate: bool = False  # quant/rotation.py, after it, where that brings the logits nearer to the float ones
+    rotate: bool = False  # quant/streams.py, after it, where that brings the logits nearer to the float ones
     drop_key_biases: bool = False  # quant/biases.py, after both, as a rotation moves the shifts of norms into biases
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest

@@ -13,7 +13,7 @@ from quant import calibrate, quantize_model
 from quant.integers import integer_state, load_integer_state
 from quant.modules import QuantizedWeight, named_activations
 from quant.recipes import BEST, PAPER
-from quant.rotation import obstacle
+from quant.streams import obstacle
 from utils.attention import attention_outputs
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

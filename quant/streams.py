@@ -1,0 +1,83 @@
+"""The residual streams of a model: which layers write to one, which read it, and how all of them are rotated."""
+
+import re
+
+import torch
+from timm.layers import RmsNorm
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from quant.rotation import fold_layer_scale, mean_keeping_rotation, rotate_heads, rotate_output, rotate_reading
+
+_BLOCKS = (Block, SwinTransformerBlock)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why a model cannot be rotated without changing what it computes; None if it can."""
+    if not isinstance(model, (VisionTransformer, SwinTransformer)):
+        return f"{type(model).__name__.removeprefix('Quant')} is no ViT, DeiT or Swin"
+    if not model.num_classes:
+        return "without a classifier the stream's own basis is the result"
+    if isinstance(model, VisionTransformer) and (model.pos_embed is None or model.attn_pool is not None):
+        return "expected learned positions, and no attention pooling"
+    for name, module in model.named_modules():
+        if re.fullmatch(r"(blocks|layers\.\d+\.blocks)\.\d+", name) and not isinstance(module, _BLOCKS):
+            return f"{name} is not a ViT's or Swin's block"
+        if hasattr(module, "qkv") and any(
+            not isinstance(getattr(module, part, None), (nn.Identity, type(None)))
+            for part in ("q_norm", "k_norm", "norm", "gate")
+        ):
+            return f"{name} has norms or a gate between its products"
+        if isinstance(module, RmsNorm):
+            return f"{name} is a root mean square norm"
+    return None
+
+
+@torch.no_grad()
+def rotate(model: nn.Module) -> None:
+    """Rotate all streams and heads of a timm ViT, DeiT or Swin in place, in which no value is quantized yet.
+
+    The model has no `obstacle`.
+    """
+    if isinstance(model, SwinTransformer):
+        _rotate_swin(model)
+    else:
+        _rotate_vit(model)
+    for attention in [module for module in model.modules() if hasattr(module, "qkv")]:
+        rotate_heads(attention)
+
+
+def _rotate_vit(model: nn.Module) -> None:
+    if not isinstance(model.norm_pre, nn.Identity):
+        return  # its affine part writes to the stream, channel by channel
+    rotation = mean_keeping_rotation(model.embed_dim).to(model.pos_embed.device)
+    rotate_output(model.patch_embed.proj, rotation)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if (parameter := getattr(model, name, None)) is not None:
+            parameter.copy_(parameter.double() @ rotation.T)
+    _rotate_blocks(model.blocks, rotation)
+    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(model, name, None), nn.Linear)]
+    rotate_reading(model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm, heads, rotation)
+
+
+def _rotate_swin(model: nn.Module) -> None:
+    """All stages but the first, to which the patch embedding's norm writes, channel by channel."""
+    for stage, after in zip(model.layers[1:], [*model.layers[2:], None], strict=True):
+        rotation = mean_keeping_rotation(stage.downsample.reduction.out_features)
+        rotation = rotation.to(model.norm.weight.device)
+        rotate_output(stage.downsample.reduction, rotation)
+        _rotate_blocks(stage.blocks, rotation)
+        if after is None:
+            rotate_reading(model.norm, [model.head.fc], rotation)
+        else:  # a merging reads four neighbours at a time
+            rotate_reading(after.downsample.norm, [after.downsample.reduction], torch.block_diag(*[rotation] * 4))
+
+
+def _rotate_blocks(blocks: nn.Module, rotation: Tensor) -> None:
+    for block in blocks:
+        rotate_reading(block.norm1, [block.attn.qkv], rotation)
+        rotate_reading(block.norm2, [block.mlp.fc1], rotation)
+        for layer, scale in ((block.attn.proj, "ls1"), (block.mlp.fc2, "ls2")):
+            fold_layer_scale(layer, getattr(block, scale, None))
+            rotate_output(layer, rotation)
