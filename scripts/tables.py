@@ -105,9 +105,9 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
             cells.insert(2, difference)
             lines.append(f"| {recipe} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
     about = (
-        f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, mean and standard deviation of "
+        f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, mean and standard deviation "
     )
-    about += f"{seeds} seed{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
+    about += f"of {seeds} seed{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
     return "\n".join([*lines, "", about + computed_with(rows)])
 
 
