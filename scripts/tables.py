@@ -104,10 +104,9 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
             cells = [spread_of(some, seeds) for some in (*top1, *agreement)]
             cells.insert(2, difference)
             lines.append(f"| {recipe} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
-    about = (
-        f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, mean and standard deviation "
-    )
-    about += f"of {seeds} seed{'s' * (seeds > 1)}; {_all_of(rows, 'calibration_images')} calibration images; "
+    about = f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, "
+    about += f"mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
+    about += f"{_all_of(rows, 'calibration_images')} calibration images; "
     return "\n".join([*lines, "", about + computed_with(rows)])
 
 
