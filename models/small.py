@@ -27,10 +27,12 @@ def demo_swin(num_classes: int = NUM_CLASSES, img_size: int | tuple[int, int] = 
     )
 
 
-def cifar_vit(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> VisionTransformer:
-    """A ViT of 1.2 M parameters on 64 patches of 4x4 pixels."""
+def cifar_vit(
+    num_classes: int = 10, img_size: int | tuple[int, int] = 128, patch_size: int = 16
+) -> VisionTransformer:
+    """A ViT of 1.3 M parameters on 64 patches of 16x16 pixels, of photographs enlarged from 32x32."""
     return VisionTransformer(
-        img_size=img_size, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=num_classes
+        img_size=img_size, patch_size=patch_size, embed_dim=128, depth=6, num_heads=4, num_classes=num_classes
     )
 
 
