@@ -27,20 +27,21 @@ def demo_swin(num_classes: int = NUM_CLASSES, img_size: int | tuple[int, int] = 
     )
 
 
-def cifar_vit(
-    num_classes: int = 10, img_size: int | tuple[int, int] = 128, patch_size: int = 16
-) -> VisionTransformer:
+def cifar_vit(num_classes: int = 10, img_size: int | tuple[int, int] = 128, patch_size: int = 16) -> VisionTransformer:
     """A ViT of 1.3 M parameters on 64 patches of 16x16 pixels, of photographs enlarged from 32x32."""
     return VisionTransformer(
         img_size=img_size, patch_size=patch_size, embed_dim=128, depth=6, num_heads=4, num_classes=num_classes
     )
 
 
-def cifar_swin(num_classes: int = 10, img_size: int | tuple[int, int] = 32) -> SwinTransformer:
-    """A Swin of 1.5 M parameters: 16x16 patches of 2x2 pixels in windows of 4x4, then 8x8 of them, then 4x4."""
+def cifar_swin(num_classes: int = 10, img_size: int | tuple[int, int] = 128, patch_size: int = 8) -> SwinTransformer:
+    """A Swin of 1.5 M parameters: 16x16 patches of 8x8 pixels in windows of 4x4, then 8x8 of them, then 4x4.
+
+    Of photographs that are enlarged from 32x32, too.
+    """
     return SwinTransformer(
         img_size=img_size,
-        patch_size=2,
+        patch_size=patch_size,
         window_size=4,
         embed_dim=48,
         depths=(2, 4, 2),

@@ -80,6 +80,7 @@ RECIPES = {
     "cifar_vit": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
     "cifar_swin": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
 }
+AS_TRAINED = {"cifar_vit": {"img_size": 32, "patch_size": 4}, "cifar_swin": {"img_size": 32, "patch_size": 2}}
 KEPT_EVERY = 1000  # steps between the checkpoints that stay
 
 
@@ -102,8 +103,7 @@ def main() -> None:
     optimisation = train(model, recipe, data, options.seed, FOLDER / name)
     with stop_requests() as stop, progress_bar(total=total, initial=optimisation.done, unit="step") as bar:
         optimisation.run(bar, stop)
-    if options.model == "cifar_vit":
-        enlarge(model)
+    enlarge(model, options.model)
     model.to(recipe.dtype).float()  # the weights of the file
     record = {"seed": options.seed, "images": total * recipe.batch_size}
     record |= {"val_top1": top1(model, data.val), "val_images": len(data.val[0])}
@@ -154,8 +154,7 @@ def build(name: str) -> nn.Module:
     near it (after Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023).
     """
     set_fused_attn(False)  # its bfloat16 CPU kernel is slower than two matrix products at this size
-    as_trained = {"img_size": 32, "patch_size": 4} if name == "cifar_vit" else {}
-    model = getattr(small, name)(**as_trained)  # which asks for that setting when it is made
+    model = getattr(small, name)(**AS_TRAINED.get(name, {}))  # which asks for that setting when it is made
     if name == "cifar_vit":
         with torch.no_grad():
             width, grid = model.embed_dim, list(model.patch_embed.grid_size)
@@ -166,14 +165,15 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def enlarge(model: nn.Module) -> None:
-    """Make a model of 4x4 patches one of 16x16 patches, of images that are enlarged four times; nearly the same function.
+def enlarge(model: nn.Module, name: str) -> None:
+    """Make a model that was trained on small patches one of patches and images four times as large.
 
-    A real ViT's patches are of 16 pixels, over which noise averages out, so that it calibrates badly; in 4 pixels of a
-    photograph as it is there is hardly less signal in noise. timm resamples the patch embedding as FlexiViT does
-    (Beyer et al., CVPR 2023): of all weights that give the same tokens, the smallest.
+    It is nearly the same function. But over the 8 or 16 pixels of its patches, as many as a real model's have, noise
+    averages out, which is why it calibrates badly; over 2 or 4 it hardly does. timm resamples the patch embedding as
+    FlexiViT does (Beyer et al., CVPR 2023): of all weights that give the same tokens, the smallest.
     """
-    model.set_input_size((128, 128), patch_size=(16, 16))
+    final = getattr(small, name)().patch_embed
+    model.set_input_size(final.img_size, patch_size=final.patch_size)
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:

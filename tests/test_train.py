@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from quant import check_supported
@@ -77,6 +78,22 @@ def test_training_moves_every_weight_and_goes_on_where_it_was_stopped(photograph
         trained("parts", stop_after=1)
     _, parts = trained("parts", stop_after=None)
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["cifar_vit", "cifar_swin"])
+def test_enlarging_keeps_the_tokens_of_photographs_and_quiets_noise(name):
+    torch.manual_seed(0)
+    model = train.build(name)
+    side, count = model.patch_embed.patch_size[0], model.patch_embed.grid_size[0]
+    patches, bias = torch.randn(10, 3, side, side), model.patch_embed.proj.bias.detach().clone()
+    model.patch_embed.norm = torch.nn.Identity()  # of the Swin: it would scale noise up again
+    tokens, of_noise = (model.patch_embed(x) for x in (patches.repeat(1, 1, count, count), torch.randn(8, 3, 32, 32)))
+    train.enlarge(model, name)
+    # Each patch is enlarged by itself: beside others, bicubic interpolation mixes their pixels at the border
+    patches = F.interpolate(patches, scale_factor=4, mode="bicubic", antialias=True)
+    torch.testing.assert_close(model.patch_embed(patches.repeat(1, 1, count, count)), tokens, rtol=0, atol=1e-5)
+    ratio = [(x.flatten(0, -2) - bias).std() for x in (model.patch_embed(torch.randn(8, 3, 128, 128)), of_noise)]
+    assert ratio[0] < 0.35 * ratio[1]
 
 
 def test_muon_has_the_weights_between_embedding_and_classifier():

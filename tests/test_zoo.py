@@ -43,7 +43,7 @@ def test_published_crop_ratio(name, resize):
 
 @pytest.mark.parametrize(
     ("name", "size", "classes"),
-    [("demo_vit", 64, 50), ("demo_swin", 64, 50), ("cifar_vit", 128, 10), ("cifar_swin", 32, 10)],
+    [("demo_vit", 64, 50), ("demo_swin", 64, 50), ("cifar_vit", 128, 10), ("cifar_swin", 128, 10)],
 )
 def test_small_models_see_whole_images(name, size, classes):
     model = build_model(name)
