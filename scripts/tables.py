@@ -87,16 +87,16 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 def precision_large_table(rows: list[dict[str, str]]) -> str:
     """A larger model, of which scripts/ablation.py has measured images that were generated in either precision.
 
-    Those in bfloat16, its default, are among the rows of the recipes; of more seeds they are in a file of their own.
+    Args:
+        rows: of float32; those of bfloat16 are in a file of their own.
     """
     if not rows:
         return "Not run yet."
     lines = ["| recipe | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |", "|---" * 7 + "|"]
-    by_default = read_csv(RESULTS / "recipes.csv") + read_csv(RESULTS / "precision_large_bf16.csv")
+    in_bf16 = read_csv(RESULTS / "precision_large_bf16.csv")
     seeds = len({row["seed"] for row in rows})
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        both = [[row for row in some if row["recipe"] == recipe] for some in (rows, by_default)]
-        both[1] = [row for row in both[1] if row["model"] == rows[0]["model"]]
+        both = [[row for row in some if row["recipe"] == recipe] for some in (rows, in_bf16)]
         for w_bit, a_bit in bit_widths(both[0]):
             pairs = [with_bits(some, (w_bit, a_bit)) for some in both]
             top1, agreement = ([[float(row[name]) for row in some] for some in pairs] for name in ("top1", "agreement"))

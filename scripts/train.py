@@ -80,6 +80,7 @@ RECIPES = {
     "cifar_vit": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
     "cifar_swin": Recipe("photographs", trapezoid(7000, decay=2500), 128, 3e-3, 0.02, torch.float16),
 }
+# Where that differs from models/small.py; `enlarge` comes after
 AS_TRAINED = {"cifar_vit": {"img_size": 32, "patch_size": 4}, "cifar_swin": {"img_size": 32, "patch_size": 2}}
 KEPT_EVERY = 1000  # steps between the checkpoints that stay
 
@@ -166,7 +167,7 @@ def build(name: str) -> nn.Module:
 
 
 def enlarge(model: nn.Module, name: str) -> None:
-    """Make a model that was trained on small patches one of patches and images four times as large.
+    """Turn a model as it was trained into that of models/small.py: photographs and patches grow four times as large.
 
     It is nearly the same function. But over the 8 or 16 pixels of its patches, as many as a real model's have, noise
     averages out, which is why it calibrates badly; over 2 or 4 it hardly does. timm resamples the patch embedding as
