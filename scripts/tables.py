@@ -92,20 +92,21 @@ def precision_large_table(rows: list[dict[str, str]]) -> str:
     """
     if not rows:
         return "Not run yet."
-    lines = ["| recipe | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |", "|---" * 7 + "|"]
+    lines = ["| recipe | images (float) | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |"]
+    lines.append("|---" * 8 + "|")
     in_bf16 = read_csv(RESULTS / "precision_large_bf16.csv")
     seeds = len({row["seed"] for row in rows})
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         both = [[row for row in some if row["recipe"] == recipe] for some in (rows, in_bf16)]
+        judged_on = f"{_all_of(both[0], 'n')} ({float(both[0][0]['float_top1']):.2f})"
         for w_bit, a_bit in bit_widths(both[0]):
             pairs = [with_bits(some, (w_bit, a_bit)) for some in both]
             top1, agreement = ([[float(row[name]) for row in some] for some in pairs] for name in ("top1", "agreement"))
             difference = f"{statistics.mean(top1[1]) - statistics.mean(top1[0]):+.2f}" if all(top1) else "-"
             cells = [spread_of(some, seeds) for some in (*top1, *agreement)]
             cells.insert(2, difference)
-            lines.append(f"| {recipe} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
-    about = f"{model_name(rows, rows[0]['model'])}; percent of {_all_of(rows, 'n')} images, "
-    about += f"mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
+            lines.append(f"| {recipe} | {judged_on} | W{w_bit}/A{a_bit} | {' | '.join(cells)} |")
+    about = f"{rows[0]['model']}; percent, mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}; "
     about += f"{_all_of(rows, 'calibration_images')} calibration images; "
     return "\n".join([*lines, "", about + computed_with(rows)])
 
