@@ -510,7 +510,7 @@ def main() -> None:
 # By the name of their rows: what makes the table, the page that has it, and what reads the rows
 TABLES = {
     "demo": (partial(small_table, ("demo_vit", "demo_swin")), "README.md", read_rows),
-    "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "docs/results.md", read_rows),
+    "cifar": (partial(small_table, ("cifar_vit", "cifar_swin"), changes=True), "README.md", read_rows),
     "dino": (partial(small_table, (OUTLIERS,), changes=True), "docs/results.md", read_rows),
     "precision": (precision_table, "docs/results.md", read_rows),
     "precision_large_fp32": (precision_large_table, "docs/results.md", read_csv),
