@@ -96,6 +96,19 @@ def test_enlarging_keeps_the_tokens_of_photographs_and_quiets_noise(name):
     assert ratio[0] < 0.35 * ratio[1]
 
 
+def test_accuracy_is_of_images_as_large_as_the_model_s(photographs):
+    torch.manual_seed(0)
+    model = train.build("cifar_vit").eval()
+    train.enlarge(model, "cifar_vit")
+    images = photographs.val[0]
+    resized = [
+        np.asarray(Image.fromarray(image.numpy()).resize((128, 128), Image.Resampling.BICUBIC)) for image in images
+    ]
+    predicted = model(train.normalize(torch.from_numpy(np.stack(resized)))).argmax(1)
+    assert len(predicted.unique()) > 1
+    assert train.top1(model, (images, predicted)) == 100
+
+
 def test_muon_has_the_weights_between_embedding_and_classifier():
     model = train.build("cifar_swin")
     (_, lr), (muon, muon_lr) = train.make_optimizers(model, train.RECIPES["cifar_swin"])
