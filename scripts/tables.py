@@ -87,18 +87,20 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 def precision_large_table(rows: list[dict[str, str]]) -> str:
     """A larger model, of which scripts/ablation.py has measured images that were generated in either precision.
 
-    Args:
-        rows: of float32; those of bfloat16 are in a file of their own.
+    Those in bfloat16, its default, are among the rows of the recipes, or in a file of their own if they were judged on
+    other images.
     """
     if not rows:
         return "Not run yet."
     lines = ["| recipe | images (float) | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |"]
     lines.append("|---" * 8 + "|")
-    in_bf16 = read_csv(RESULTS / "precision_large_bf16.csv")
+    by_default = read_csv(RESULTS / "recipes.csv") + read_csv(RESULTS / "precision_large_bf16.csv")
     seeds = len({row["seed"] for row in rows})
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        both = [[row for row in some if row["recipe"] == recipe] for some in (rows, in_bf16)]
-        judged_on = f"{_all_of(both[0], 'n')} ({float(both[0][0]['float_top1']):.2f})"
+        first = next(row for row in rows if row["recipe"] == recipe)
+        alike = {key: first[key] for key in ("model", "recipe", "n")}
+        both = [[row for row in some if alike.items() <= row.items()] for some in (rows, by_default)]
+        judged_on = f"{first['n']} ({float(first['float_top1']):.2f})"
         for w_bit, a_bit in bit_widths(both[0]):
             pairs = [with_bits(some, (w_bit, a_bit)) for some in both]
             top1, agreement = ([[float(row[name]) for row in some] for some in pairs] for name in ("top1", "agreement"))
