@@ -2,6 +2,7 @@
 
     python scripts/whole_runs.py --model demo_vit demo_swin
     python scripts/whole_runs.py --model deit_tiny --steps 50
+    python scripts/whole_runs.py --model deit_base --recipe best  (a GPU)
 
 A model that has no weights here gets random ones, and the demo's data set: the time depends on neither. One row a run
 is appended to --rows. Data sets are there before the clock starts.
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import DATASETS, build_model
+from quant.recipes import RECIPES
 from scripts.accuracy import ORIGIN, origin
 from scripts.rows import append_row
 from utils.photographs import find_dataset
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "scripts" / "results" / "whole_runs.csv"
 STAGES = ("build", "quantize", "images", "calibrate", "evaluate")
 PARTS = ("start", *STAGES)  # of the total; the first is all that is in no stage: imports, and files at the end
-COLUMNS = ("model", "precision", "steps", "calibration_images", "n", *(f"{part}_s" for part in (*PARTS, "total")))
+COLUMNS = ("model", "recipe", "precision", "steps", "calibration_images", "n", *(f"{part}_s" for part in (*PARTS, "total")))
 COLUMNS = (*COLUMNS, *ORIGIN)
 
 
@@ -64,7 +66,7 @@ def whole_run(name: str, options: list[str]) -> dict:
     seconds = {stage: results["seconds"][stage] for stage in STAGES}
     seconds |= {"start": total - sum(seconds.values()), "total": total}
     row = {key: results[key] for key in ("model", "precision", "calibration_images", "n")}
-    row |= {"steps": results["options"]["steps"]}
+    row |= {key: results["options"][key] for key in ("recipe", "steps")}
     return row | {f"{part}_s": round(value, 2) for part, value in seconds.items()}
 
 
@@ -73,11 +75,13 @@ def main() -> None:
     add = parser.add_argument
     names = ["demo_vit", "demo_swin"]
     add("--model", nargs="+", default=names, metavar="NAME", help=f"({' '.join(names)})")
+    add("--recipe", choices=RECIPES, default="paper", help="(paper)")
     add("--steps", type=positive, default=500, metavar="N", help="generate with 2 x N steps (500)")
     add("--limit", type=positive, metavar="N", help="evaluate on N images (all)")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="append to it (scripts/results/whole_runs.csv)")
     options = parser.parse_args()
-    more = ["--steps", str(options.steps), *(["--limit", str(options.limit)] if options.limit else [])]
+    more = ["--recipe", options.recipe, "--steps", str(options.steps)]
+    more += ["--limit", str(options.limit)] if options.limit else []
     for name in options.model:
         find_dataset(DATASETS.get(name, "demo"))
         row = whole_run(name, more) | origin(pick_device(None))
