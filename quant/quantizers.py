@@ -35,7 +35,7 @@ def symmetric_scale(weight: Tensor, bits: int) -> Tensor:
         (out_channels, 1, ...), to broadcast against `weight`.
     """
     largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
-    return (largest / ((2**bits - 1) / 2)).clamp(min=_SCALE_FLOOR)
+    return _divide(largest, (2**bits - 1) / 2).clamp(min=_SCALE_FLOOR)
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
         scale = (high - low) / (2^b - 1) and zero_point = clamp(-round(low / scale), 0, 2^b - 1), both 0-d float.
     """
     bottom, top = unsigned_grid(bits)
-    scale = ((high - low) / (top - bottom)).clamp(min=_SCALE_FLOOR)
+    scale = _divide(high - low, top - bottom).clamp(min=_SCALE_FLOOR)
     return scale, (-torch.round(low / scale)).clamp(bottom, top)
 
 
@@ -57,8 +57,13 @@ def symmetric_activation_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Te
     Both ends are on the grid: max(-low, high) / (2^(b-1) - 1). Not in the paper; some runtimes have no zero points.
     """
     _, top = signed_grid(bits)
-    scale = (torch.maximum(-low, high) / top).clamp(min=_SCALE_FLOOR)
+    scale = _divide(torch.maximum(-low, high), top).clamp(min=_SCALE_FLOOR)
     return scale, torch.zeros_like(scale)
+
+
+def _divide(x: Tensor, number: float) -> Tensor:
+    """x / number to the last bit on a GPU, too, which takes a number of the host for its inverse, and multiplies."""
+    return x / x.new_full((), number)
 
 
 def fake_quantize_(x: Tensor, scale: Tensor, zero_point: Tensor | float, grid: tuple[int, int]) -> Tensor:

@@ -33,18 +33,18 @@ def round_weight(weight: Tensor, scale: Tensor, moment: Tensor, bits: int) -> Te
     """
     order = moment.diagonal().argsort(descending=True)
     factor = inverse_factor(moment[order][:, order])
-    rest, result = weight[:, order].double(), torch.empty_like(weight)
+    rest, columns = weight[:, order].double(), []
     for start in range(0, weight.shape[1], BLOCK):
         stop = min(start + BLOCK, weight.shape[1])
         errors = rest.new_empty(len(weight), stop - start)
         for column in range(start, stop):
             rounded = fake_quantize_(rest[:, column, None].float(), scale, 0.0, signed_grid(bits))
-            result[:, order[column]] = rounded[:, 0]
+            columns.append(rounded)
             error = (rest[:, column] - rounded[:, 0]) / factor[column, column]
             rest[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
             errors[:, column - start] = error
         rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    return result
+    return torch.cat(columns, dim=1)[:, order.argsort()]
 
 
 def inverse_factor(moment: Tensor) -> Tensor:

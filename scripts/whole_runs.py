@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "scripts" / "results" / "whole_runs.csv"
 STAGES = ("build", "quantize", "images", "calibrate", "evaluate")
 PARTS = ("start", *STAGES)  # of the total; the first is all that is in no stage: imports, and files at the end
-COLUMNS = ("model", "recipe", "precision", "steps", "calibration_images", "n", *(f"{part}_s" for part in (*PARTS, "total")))
-COLUMNS = (*COLUMNS, *ORIGIN)
+RUN = ("model", "recipe", "precision", "steps", "calibration_images", "n")
+COLUMNS = (*RUN, *(f"{part}_s" for part in (*PARTS, "total")), *ORIGIN)
 
 
 def save_random(name: str, path: Path) -> None:
