@@ -33,7 +33,7 @@ from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
 from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
-from utils.run.precision import default_precision, float32_products
+from utils.run.precision import default_precision, float32_products, is_large
 from utils.run.progress import progress_bar
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
@@ -203,7 +203,7 @@ def generation_settings(options: argparse.Namespace, device: torch.device, model
     return GenerationSettings(
         steps=options.steps,
         precision=options.precision or default_precision(device, model),
-        compile=device.type == "cuda" if options.compile is None else options.compile,
+        compile=device.type == "cuda" and is_large(model) if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
 

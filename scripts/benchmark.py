@@ -85,21 +85,26 @@ def main() -> None:
     if options.peak:
         print(peak_memory(of_precision(options, options.precision[0]), device))
         return
-    models = [benchmark(name, options, device) for name in options.model]
+    print(device_name(device), json.dumps(versions()), flush=True)
+    for name in options.model:
+        rows = benchmark(name, options, device)
+        show(rows, device)
+        if options.json:  # after each model, as all of them can take an hour
+            write_json(options.json, updated(options.json, rows))
+
+
+def show(rows: list[dict], device: torch.device) -> None:
+    """Print the figures of a model, a column a precision."""
     columns = ("step_over_float32", "bare_ms", "step_ms", "transcription_ms", "step_over_bare", "speedup")
     columns += ("bare_peak_mb", "peak_mb", "float_images_per_s", "quant_images_per_s")
     columns += ("generation_cold_s", "generation_warm_s")
-    print(device_name(device), json.dumps(versions()))
-    for rows in models:
-        first, goal = rows[0], GOALS.get(rows[0]["model"])
-        print(f"{first['model']}, batch {first['batch']}, {first['mode']}", end="")
-        print(f"; goal of step_over_float32 in bf16: {goal}" if goal and device.type == "cpu" else "")
-        print(" " * 20 + "".join(f"{row['precision']:>10}" for row in rows))
-        for column in columns:
-            figures = ["not run" if row[column] is None else format(row[column], ".2f") for row in rows]
-            print(f"  {column:<18}" + "".join(f"{figure:>10}" for figure in figures))
-    if options.json:
-        write_json(options.json, updated(options.json, [row for rows in models for row in rows]))
+    first, goal = rows[0], GOALS.get(rows[0]["model"])
+    print(f"{first['model']}, batch {first['batch']}, {first['mode']}", end="")
+    print(f"; goal of step_over_float32 in bf16: {goal}" if goal and device.type == "cpu" else "")
+    print(" " * 20 + "".join(f"{row['precision']:>10}" for row in rows))
+    for column in columns:
+        figures = ["not run" if row[column] is None else format(row[column], ".2f") for row in rows]
+        print(f"  {column:<18}" + "".join(f"{figure:>10}" for figure in figures), flush=True)
 
 
 def updated(path: Path, rows: list[dict]) -> list[dict]:

@@ -191,19 +191,21 @@ def bf16_table(rows: list[dict[str, str]]) -> str:
 
 
 def whole_runs_table(rows: list[dict[str, str]]) -> str:
-    """The last run of each model: its seconds by part, from what scripts/whole_runs.py has written."""
+    """The last run of each model and recipe on each device: its seconds by part, from rows of scripts/whole_runs.py."""
     parts = ("start", "build", "quantize", "images", "calibrate", "evaluate", "total")
-    lines = [f"| model | precision | steps | images evaluated | {' | '.join(parts)} |", "|---" * (4 + len(parts)) + "|"]
-    for row in {row["model"]: row for row in rows}.values():
-        cells = [
-            row["precision"],
-            f"2 x {row['steps']}",
-            row["n"],
-            *(f"{float(row[f'{part}_s']):.1f}" for part in parts),
-        ]
-        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    about = f"Seconds; {_all_of(rows, 'calibration_images')} calibration images; "
-    return "\n".join([*lines, "", about + computed_with(rows)])
+    about, cases = ("model", "recipe", "precision", "steps"), ("model", "recipe", "device")
+    last, tables = {tuple(row[key] for key in cases): row for row in rows}.values(), []
+    for device in dict.fromkeys(row["device"] for row in last):
+        some = [row for row in last if row["device"] == device]
+        lines = [f"| {' | '.join(about)} | images evaluated | {' | '.join(parts)} |"]
+        lines.append("|---" * (len(about) + 1 + len(parts)) + "|")
+        for row in some:
+            cells = [row["model"], row["recipe"], row["precision"], f"2 x {row['steps']}", row["n"]]
+            cells += [f"{float(row[f'{part}_s']):.1f}" for part in parts]
+            lines.append(f"| {' | '.join(cells)} |")
+        calibrated = f"Seconds; {_all_of(some, 'calibration_images')} calibration images; "
+        tables.append("\n".join([*lines, "", calibrated + computed_with(some)]))
+    return "\n\n".join(tables)
 
 
 def recipes_table(rows: list[dict[str, str]]) -> str:

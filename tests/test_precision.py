@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from generate_data import GenerationSettings, generate_data
+from generate_data import GenerationSettings, generate_data, generation_settings
 from models import build_model
+from utils.options import parse_generation
 from utils.run.precision import LARGE, PRECISIONS, default_precision, float32_products, model_products
 
 
@@ -79,6 +80,21 @@ def test_a_cpu_computes_large_models_in_bf16_where_it_has_it(monkeypatch, capabi
 def test_a_torch_that_does_not_tell_computes_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert default_precision(torch.device("cpu"), Sized(LARGE)) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "options", "expected"),
+    [
+        ("cuda", LARGE, [], True),
+        ("cuda", LARGE - 1, [], False),
+        ("cuda", LARGE, ["--no-compile"], False),
+        ("cpu", LARGE, [], False),
+        ("cpu", 1, ["--compile"], True),
+    ],
+)
+def test_a_gpu_compiles_large_models(device, size, options, expected):
+    options = parse_generation(["--model", "demo_vit", "--precision", "fp32", *options])
+    assert generation_settings(options, torch.device(device), Sized(size)).compile is expected
 
 
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin", "cifar_vit", "cifar_swin"])

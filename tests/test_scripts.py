@@ -181,7 +181,7 @@ def test_a_whole_run_is_split_into_parts(tmp_path):
     seconds = {part: float(row[f"{part}_s"]) for part in (*whole_runs.PARTS, "total")}
     assert seconds["start"] > 0 and seconds["images"] > 0 and seconds["evaluate"] > 0
     assert seconds["total"] == pytest.approx(sum(seconds[part] for part in whole_runs.PARTS), abs=0.05)
-    assert f"| demo_vit | {row['precision']} | 2 x 2 | 8 |" in tables.whole_runs_table([row])
+    assert f"| demo_vit | paper | {row['precision']} | 2 x 2 | 8 |" in tables.whole_runs_table([row])
 
 
 @pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])

@@ -35,8 +35,12 @@ def default_precision(device: torch.device, model: nn.Module) -> str:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
-    return "bf16" if device.type == "cpu" and large and native_bf16() else "fp32"
+    return "bf16" if device.type == "cpu" and is_large(model) and native_bf16() else "fp32"
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a model has LARGE parameters or more."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= LARGE
 
 
 def native_bf16() -> bool:
