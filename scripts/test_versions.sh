@@ -11,7 +11,7 @@ PYTHON=${PYTHON:-python3}
 
 for end in ${1:-oldest newest}; do
     case "$end" in
-    oldest) versions="torch==2.11.* torchvision==0.26.* timm==1.0.22" ;;
+    oldest) versions="torch==2.11.* torchvision==0.26.* timm==1.0.31" ;;
     newest) versions="--upgrade torch torchvision timm" ;;
     *) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
     esac

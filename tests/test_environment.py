@@ -9,7 +9,7 @@ from utils.run.environment import SUPPORTED, unsupported
 
 @pytest.mark.parametrize(
     ("package", "found"),
-    [("torch", "2.11.0"), ("torch", "2.15.0+cu132"), ("torch", "3.0"), ("timm", "1.0.22"), ("timm", "1.9.dev0")],
+    [("torch", "2.11.0"), ("torch", "2.15.0+cu132"), ("torch", "3.0"), ("timm", "1.0.31"), ("timm", "1.9.dev0")],
 )
 def test_versions_in_range(package, found):
     assert unsupported(package, found) == ""
@@ -20,8 +20,8 @@ def test_versions_in_range(package, found):
     [
         ("torch", "2.9.1+cpu", "torch 2.11 or newer; found 2.9.1+cpu"),
         ("torchvision", "0.25", "torchvision 0.26 or newer; found 0.25"),
-        ("timm", "1.0.9", "timm 1.0.22 or newer, below 2; found 1.0.9"),
-        ("timm", "2.0.0rc1", "timm 1.0.22 or newer, below 2; found 2.0.0rc1"),
+        ("timm", "1.0.30", "timm 1.0.31 or newer, below 2; found 1.0.30"),
+        ("timm", "2.0.0rc1", "timm 1.0.31 or newer, below 2; found 2.0.0rc1"),
     ],
 )
 def test_versions_out_of_range(package, found, expected):
