@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from quant import quantize_model
+from quant import activation_ranges, quantize_model
 from quant.convert import forward, observing
 from quant.modules import QuantAct, named_activations
 from quant.quantizers import fake_quantize_
@@ -120,6 +120,17 @@ def test_a_search_lowers_the_error_of_the_logits_and_leaves_no_hooks(model):
     assert errors[1] < 0.7 * errors[0]
     assert not any(act._forward_pre_hooks for act in acts)
     assert all(parameter.grad is None for parameter in model.parameters()) and not IMAGES.requires_grad
+
+
+def test_where_all_have_8_bits_or_are_in_float_ranges_stay_as_they_were_seen(model, monkeypatch):
+    """Without a pass of the model, if there is nothing else."""
+    quantize_model(model, 4, 8, skip=["*.act_key"], recipe=INPUTS)
+    with observing(model), torch.no_grad():
+        forward(model, IMAGES, 32)
+    before = activation_ranges(model)
+    monkeypatch.setattr(model, "forward", lambda images: pytest.fail("a pass"))
+    search_ranges(model, IMAGES, 32)
+    assert activation_ranges(model) == before
 
 
 def test_every_quantizer_of_a_model_is_searched_but_those_in_float():
