@@ -131,7 +131,7 @@ class OnnxConv2d(OnnxWeight, QuantConv2d):
 
 
 class OnnxHeads:
-    """Mixin: heads are split and merged in integers; the scores' factor 1 / sqrt(d) is in the scale of a quantizer."""
+    """Mixin: heads are split in the integers of the layer's output; 1 / sqrt(d) is in the scale of a quantizer."""
 
     def prepare(self) -> None:
         if isinstance(self.act_query, QuantAct):
@@ -141,19 +141,17 @@ class OnnxHeads:
         self.qkv.act_output.integer_output = True
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        B, N, _ = x.shape
-        heads = self.qkv_of(x).reshape(B, N, 3 * self.num_heads, -1).transpose(1, 2)
-        return tuple(map(self.qkv.act_output.dequantize, heads.chunk(3, dim=1)))  # (B, h, N, d) each
+        return tuple(map(self.qkv.act_output.dequantize, super().heads(x)))  # (B, h, N, d) each
+
+
+class OnnxAttention(OnnxHeads, QuantAttention):
+    """Modifications: heads are merged in integers, too."""
 
     def merge_heads(self, context: Tensor) -> Tensor:
         act, norm, gate = self.act_context, getattr(self, "norm", None), getattr(self, "gate", None)
         if isinstance(act, QuantAct) and not act.symmetric and isinstance(norm, nn.Identity | None) and gate is None:
             context = act.quantize(context)  # it is the same to round before the move, which is then of bytes
         return super().merge_heads(context)
-
-
-class OnnxAttention(OnnxHeads, QuantAttention):
-    """Modifications: the heads."""
 
 
 class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
@@ -173,19 +171,17 @@ class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
 
 
 class OnnxSwinTransformerBlock(QuantSwinTransformerBlock):
-    """Modifications: windows are cut and joined in integers, unless they are padded: with zeros, not with codes.
+    """Modifications: windows are cut before the norm's output is rounded, which is the same, and joined in integers.
 
-    Elsewhere there is one row of tokens, (B, H * W, D): OpenVINO fuses what follows a product, and what a norm consists
-    of, only in tensors of three dimensions.
+    The rows of a window are short: to move them as bytes takes as long as in float, and longer in OpenVINO. Elsewhere
+    there is one row of tokens, (B, H * W, D): OpenVINO fuses what follows a product, and what a norm consists of, only
+    in tensors of three dimensions.
     """
 
     def prepare(self) -> None:
-        act, joined = self.norm1.act_output, self.attn.proj.act_output
         padded = any(side % window for side, window in zip(self.input_resolution, self.window_size, strict=True))
-        act.integer_output = joined.integer_output = not padded
-        self.attn.read = act.dequantize
-        if isinstance(act, QuantAct) and act.symmetric:  # zero is zero: it is the same to round what has been moved
-            self.norm1.act_output, self.attn.read = nn.Identity(), act
+        self.attn.proj.act_output.integer_output = not padded  # with zeros, not with codes
+        self.norm1.act_output, self.attn.read = nn.Identity(), self.norm1.act_output
 
     def forward(self, x: Tensor) -> Tensor:
         places, x = x.shape[1:3], x.flatten(1, 2)
