@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, LEARNED, PAPER, Recipe
 from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, parse_bits, predict
+from scripts.pages.cells import read_csv
 from scripts.rows import append_row
-from scripts.tables import read_csv
 from utils.run.errors import exit_cleanly
 from utils.run.options import Parser, natural
 from utils.run.precision import float32_products

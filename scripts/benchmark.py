@@ -42,7 +42,7 @@ import oracle
 from generate_data import Batch, GenerationSettings, draw_labels
 from models import build_model
 from quant import calibrate, quantize_model
-from scripts.tables import GOALS
+from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen, model_attention
 from utils.evaluate import fuse_rounding
 from utils.losses import TERMS, LossTerms, loss_terms, try_out

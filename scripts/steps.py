@@ -26,8 +26,9 @@ from generate_data import GenerationSettings, draw_labels, generate_data
 from models import DATASETS, build_model, evaluation_transform, normalization
 from quant import calibrate, quantize_model
 from scripts.accuracy import ORIGIN, decoded, measure, origin, predict
+from scripts.pages.cells import read_csv
+from scripts.pages.steps import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, setting_top1
 from scripts.rows import append_row
-from scripts.tables import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, read_csv, setting_top1
 from utils.data import validation_images
 from utils.images import load_images, save_images
 from utils.photographs import find_dataset

@@ -31,9 +31,10 @@ from models.saved import export_onnx, require_onnx
 from quant.contrast import add_shaded, stretch
 from scripts.accuracy import decoded
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
+from scripts.pages.cells import read_csv
+from scripts.pages.toolkits import KINDS
 from scripts.rows import append_row
 from scripts.runtimes import FAST, RUNTIMES, Bits, FloatModel, Predict, Program
-from scripts.tables import KINDS, read_csv
 from scripts.vendors import EIGHT, TOOLKITS, Quantize, Toolkit
 from utils.data import Images, draw_images, open_data
 from utils.evaluate import count_correct

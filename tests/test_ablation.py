@@ -5,7 +5,9 @@ import sys
 import torch
 
 from models import build_model
-from scripts import ablation, tables
+from scripts import ablation
+from scripts.pages.cells import read_csv
+from scripts.pages.recipes import recipes_table
 from utils.images import draw_noise, save_images
 
 
@@ -22,10 +24,10 @@ def test_recipes_are_measured_once(tmp_path, image_root, monkeypatch):
     for names in ([], ["inputs"], ["inputs"]):
         monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, line), *names])
         ablation.main()
-    found = tables.read_csv(rows)
+    found = read_csv(rows)
     measured = [(row["w_bit"], row["a_bit"], row["recipe"]) for row in found]
     names = "paper, 2 images", "inputs, 2 images"  # another number than theirs is another line of the tables
     assert measured == [(bits, bits, name) for name in names for bits in "82"]
     assert all(row["n"] == "10" and row["calibration_images"] == "2" and row["date"] and row["torch"] for row in found)
     assert float(found[0]["agreement"]) > float(found[1]["agreement"])
-    assert "| paper, 2 images |" in tables.recipes_table(found)
+    assert "| paper, 2 images |" in recipes_table(found)

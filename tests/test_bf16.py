@@ -5,7 +5,9 @@ import sys
 import torch
 
 from models import build_model
-from scripts import bf16, tables
+from scripts import bf16
+from scripts.pages.accuracy import bf16_table
+from scripts.pages.cells import read_csv
 from utils.images import draw_noise, save_images
 
 
@@ -20,7 +22,7 @@ def test_both_forms_are_measured_in_both_precisions(tmp_path, image_root, monkey
         "scripts.accuracy.predict", lambda *of: seen.append(torch.is_autocast_enabled("cpu")) or predict(*of)
     )
     bf16.main()
-    found = tables.read_csv(rows)
+    found = read_csv(rows)
     assert seen == [True, True] and [row["form"] for row in found] == ["float", "W8/A8"]
     assert all(row["n"] == "10" and 0 <= float(row["agreement"]) <= 100 for row in found)
-    assert f"| demo_vit | W8/A8 | {float(found[1]['fp32_top1']):.2f} |" in tables.bf16_table(found)
+    assert f"| demo_vit | W8/A8 | {float(found[1]['fp32_top1']):.2f} |" in bf16_table(found)

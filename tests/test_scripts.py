@@ -15,6 +15,10 @@ import torch
 
 from quant import quantize_model, quantizer_bits
 from scripts import benchmark, file_sizes, rows, sensitivity, tables, whole_runs
+from scripts.pages import speed
+from scripts.pages.accuracy import paper_table
+from scripts.pages.cells import cell, read_csv
+from scripts.pages.speed import benchmark_table, evaluation_table, whole_runs_table
 from utils.run.errors import InputError
 
 ROOT = Path(tables.__file__).resolve().parent.parent
@@ -81,14 +85,14 @@ def test_runs_side_by_side_append_whole_rows(tmp_path):
 def test_cells_are_mean_and_standard_deviation_over_seeds():
     data = [row(seed=str(seed), top1=str(top1)) for seed, top1 in enumerate((50, 52, 54))]
     data.append(row(seed="3", top1="", error="failed"))
-    assert tables.cell(data, "demo_vit", "8", "8", "0") == "52.00 ± 2.00"
-    assert tables.cell(data[:1], "demo_vit", "8", "8", "0") == "50.00"
-    assert tables.cell(data, "demo_vit", "8", "8", "1") == "not run"
+    assert cell(data, "demo_vit", "8", "8", "0") == "52.00 ± 2.00"
+    assert cell(data[:1], "demo_vit", "8", "8", "0") == "50.00"
+    assert cell(data, "demo_vit", "8", "8", "1") == "not run"
 
 
 def test_paper_table_has_the_difference_where_there_is_a_run():
     data = [row(model="deit_tiny", w_bit="4", top1="65.00")]
-    lines = tables.paper_table(data).splitlines()
+    lines = paper_table(data).splitlines()
     assert len(lines) == 2 + 10 + 2
     assert lines[2].endswith("| not run | not run | 65.00 | -0.57 |") and "| 65.57 |" in lines[2]
     assert lines[3].endswith("| not run | not run | not run | - |")
@@ -177,11 +181,11 @@ def test_a_whole_run_is_split_into_parts(tmp_path):
     command = [sys.executable, "scripts/whole_runs.py", "--model", "demo_vit", "--steps", "2", "--limit", "8"]
     done = subprocess.run([*command, "--rows", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = tables.read_csv(path)
+    (row,) = read_csv(path)
     seconds = {part: float(row[f"{part}_s"]) for part in (*whole_runs.PARTS, "total")}
     assert seconds["start"] > 0 and seconds["images"] > 0 and seconds["evaluate"] > 0
     assert seconds["total"] == pytest.approx(sum(seconds[part] for part in whole_runs.PARTS), abs=0.05)
-    assert f"| demo_vit | paper | {row['precision']} | 2 x 2 | 8 |" in tables.whole_runs_table([row])
+    assert f"| demo_vit | paper | {row['precision']} | 2 x 2 | 8 |" in whole_runs_table([row])
 
 
 @pytest.mark.parametrize(("w_bit", "limit"), [(8, 0.27), (4, 0.15)])
@@ -198,12 +202,12 @@ def test_benchmark_table_has_goals_of_bf16_only_and_extrapolates_evaluation(tmp_
     path = tmp_path / "onnx" / "deit_tiny.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"latency_ms": {"8": {"float": 100, "onnx": 50}}}))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    table = tables.benchmark_table([row | kind for kind in kinds])
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    table = benchmark_table([row | kind for kind in kinds])
     assert "| deit_tiny | fp32 | 100 | 110 | 1.10 |  | 1.10 |  | 1 | 2 |" in table
     assert "| deit_tiny | bf16 | 100 | 110 | 0.61 | 0.62 | 1.10 |  | 1 | 2 |" in table
     assert table.count("| deit_tiny | 50.0 | 80.0 | 25.0 | 80.0 | 160.0 | 50 min | 16 min | 5 min |") == 1
     path.unlink()
-    assert "| deit_tiny | 50.0 | 80.0 | 25.0 | not run | not run | 50 min | - | - |" in tables.evaluation_table(
+    assert "| deit_tiny | 50.0 | 80.0 | 25.0 | not run | not run | 50 min | - | - |" in evaluation_table(
         [row | kind for kind in kinds]
     )

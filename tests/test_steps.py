@@ -7,7 +7,9 @@ import torch
 
 from generate_data import GenerationSettings, draw_labels, generate_data
 from models import build_model, normalization
-from scripts import steps, tables
+from scripts import steps
+from scripts.pages.cells import read_csv
+from scripts.pages.steps import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, steps_table
 from utils.images import draw_noise, load_images, save_images
 from utils.run.errors import InputError
 
@@ -25,16 +27,16 @@ def call(monkeypatch, image_root, tmp_path):
         line = ["steps.py", "--limit", 10, "--seed", 3, *places, "--model", "demo_vit", *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, line)))
         steps.main()
-        return tables.read_csv(tmp_path / "rows.csv")
+        return read_csv(tmp_path / "rows.csv")
 
     return run
 
 
 def test_plan_has_every_setting_of_the_table_once():
     settings = [(number, count) for number, _, counts in steps.PLAN for count in counts]
-    assert len(settings) == len(set(settings)) and set(settings) == {*tables.BY_STEPS, *tables.BY_NUMBER}
+    assert len(settings) == len(set(settings)) and set(settings) == {*BY_STEPS, *BY_NUMBER}
     published = GenerationSettings()
-    assert (published.steps, published.batch_size) == tables.PUBLISHED_SETTING
+    assert (published.steps, published.batch_size) == PUBLISHED_SETTING
     assert all(count % published.batch_size == 0 for _, made, counts in steps.PLAN for count in counts if count < made)
 
 
@@ -94,7 +96,7 @@ def rows_of(**by_setting):
 
 def test_table_has_the_cheapest_setting_within_the_spread():
     rows = rows_of(s500x32=(76, 77, 78), s250x32=(76, 76, 76), s100x32=(75.9, 76, 76), s25x32=(78, 78), s100x8=(75,))
-    table = tables.steps_table(rows)
+    table = steps_table(rows)
     assert (
         "| demo_vit (77.00) | W8/A8 | 78.00 ± 0.00 (2 of 3) | not run | 75.97 ± 0.06 | 76.00 ± 0.00 | 77.00 ± 1.00 |"
         in table
@@ -103,9 +105,9 @@ def test_table_has_the_cheapest_setting_within_the_spread():
     assert "| demo_vit | W8/A8 | 2 x 250 steps, 32 images | 50 % | -1.00 |" in table
     assert "| demo_vit | W4/A8 | not run | - | - |" in table and "| cifar_swin | W8/A8 | not run |" in table
     assert "a step of 32 images: demo_vit 0.02 s;" in table
-    assert tables.steps_table([]) == "Not run yet."
+    assert steps_table([]) == "Not run yet."
     enough = rows + rows_of(s100x16=(76, 76, 79))
-    assert "| demo_vit | W8/A8 | 2 x 100 steps, 16 images | 10 % | +0.00 |" in tables.steps_table(enough)
+    assert "| demo_vit | W8/A8 | 2 x 100 steps, 16 images | 10 % | +0.00 |" in steps_table(enough)
 
 
 def test_plot_is_drawn_from_rows_alone(call, tmp_path, monkeypatch):

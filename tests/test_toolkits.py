@@ -20,7 +20,9 @@ from utils.run.errors import InputError
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from scripts import runtimes, tables, toolkits, vendors  # noqa: E402
+from scripts import runtimes, toolkits, vendors  # noqa: E402
+from scripts.pages.recipes import rivals_table  # noqa: E402
+from scripts.pages.toolkits import latency_table, toolkits_table  # noqa: E402
 
 PAGE = (Path(toolkits.ROOT) / "docs" / "toolkits.md").read_text()
 BLOCKS = dict(re.findall(r"\n## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL))
@@ -181,7 +183,7 @@ def test_rows_are_measured_once_and_failures_are_rows(tmp_path, image_root, monk
     for _ in range(2):
         call(monkeypatch, *line, "--toolkit", "ours", "broken", "--kinds", "noise")
     assert read(rows)[:-1] == first and read(rows)[-1]["error"] == "RuntimeError: no such operator"
-    table = tables.toolkits_table([row | {"calibration_images": "32"} for row in read(rows)])
+    table = toolkits_table([row | {"calibration_images": "32"} for row in read(rows)])
     assert "| broken | onnxruntime | - | failed | - | - | - | - |" in table
     assert "broken on demo_vit failed: `RuntimeError: no such operator`" in table
     assert f"| {float(first[-2]['top1']):.2f} | " in table
@@ -199,7 +201,7 @@ def test_latencies_are_of_int8_and_float_in_one_runtime(tmp_path, monkeypatch):
         (name, "1", batch) for batch in ("1", "8") for name in ("ours", "ort")
     ]
     assert all(float(row["ms"]) > 0 and float(row["float_ms"]) > 0 and not row["error"] for row in found)
-    assert "| ort | onnxruntime | " in tables.latency_table(found)
+    assert "| ort | onnxruntime | " in latency_table(found)
 
 
 def test_what_is_not_installed_is_left_out_or_refused_by_name(monkeypatch, capsys):
@@ -229,7 +231,7 @@ def test_bad_input_is_refused_before_any_work(arguments, reason, monkeypatch):
 
 
 def test_tables_have_a_line_for_what_was_not_run():
-    assert tables.toolkits_table([]) == tables.latency_table([]) == "Not run yet."
+    assert toolkits_table([]) == latency_table([]) == "Not run yet."
     row = dict.fromkeys(toolkits.COLUMNS, "") | {
         "model": "m",
         "toolkit": "t",
@@ -244,7 +246,7 @@ def test_tables_have_a_line_for_what_was_not_run():
     ]
     rows[-1]["top1"] = "94"
     last = row | {"calibration_images": "32", "top1": "1", "seed": "0"}
-    text = tables.toolkits_table([*rows, last | {"toolkit": "u"}, last | {"w_bit": "4", "top1": "1.23"}])
+    text = toolkits_table([*rows, last | {"toolkit": "u"}, last | {"w_bit": "4", "top1": "1.23"}])
     assert "1.23" not in text  # this table is of 8 bits
     assert "| m | u |" not in text  # one number of images is no comparison
     assert "| m (70.00, 50) | t |  | - | - | - | - | 93.00 ± 1.41 | - |" in text
@@ -255,13 +257,13 @@ def test_rivals_stand_beside_the_recipes_on_the_same_images():
     ours = {"model": "m", "float_top1": "80", "w_bit": "4", "a_bit": "4"}
     recipes = [ours | {"recipe": "best", "seed": str(seed), "top1": str(76 + seed)} for seed in (0, 1, 2)]
     recipes += [ours | {"recipe": "best - rotate", "seed": "0", "top1": "1"}]
-    assert tables.rivals_table(recipes, []) == ""
+    assert rivals_table(recipes, []) == ""
     about = {"model": "m weights", "images": "generated", "calibration_images": "32", "error": "", "versions": "x 1"}
     rival = ours | about | {"toolkit": "ort", "top1": "40"}
     rows = [rival | {"seed": "0"}, rival | {"seed": "1", "top1": "44"}, rival | {"seed": "0", "images": "real"}]
     rows += [rival | {"toolkit": "brevitas", "seed": "0", "top1": "", "error": "RuntimeError: no"}]
     rows += [rival | {"toolkit": "nncf", "seed": "1", "w_bit": "8", "a_bit": "8"}, rival | {"model": "other"}]
-    lines = tables.rivals_table(recipes, [row | {"seed": row.get("seed", "0")} for row in rows]).splitlines()
+    lines = rivals_table(recipes, [row | {"seed": row.get("seed", "0")} for row in rows]).splitlines()
     assert lines[0] == "| percent of float top-1 | quantized | W8/A8 | W4/A4 |"
     assert lines[2:6] == [
         "| m, best | all products | - | 95.62 ± 0.88 |",

@@ -1,0 +1,72 @@
+"""Tables of speed and memory, and of where the seconds of whole runs go."""
+
+import json
+
+from scripts.pages.cells import RESULTS, all_of, computed_with
+
+# Of scripts/benchmark.py: a step in bf16 to the bare float32 model's, eager, on a CPU that multiplies bfloat16 itself
+GOALS = {"deit_tiny": 0.62, "deit_small": 0.47, "deit_base": 0.40, "swin_tiny": 0.38}
+
+
+def benchmark_table(rows: list[dict]) -> str:
+    """What a step of generation takes in each precision, and evaluation, from what scripts/benchmark.py has written."""
+    lines = ["| model | precision | bare ms | step ms | step / float32 bare | goal | step / bare | naive ms | bare MB "]
+    lines[0] += "| step MB |"
+    lines.append("|---" * 10 + "|")
+    for row in rows:
+        goal = f"{GOALS[row['model']]:.2f}" if row["precision"] == "bf16" and row["model"] in GOALS else ""
+        naive = f"{row['transcription_ms']:.0f}" if row["transcription_ms"] else ""
+        lines.append(
+            f"| {row['model']} | {row['precision']} | {row['bare_ms']:.0f} | {row['step_ms']:.0f} "
+            f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} | {naive} "
+            f"| {row['bare_peak_mb']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    about, packages = rows[0], rows[0]["versions"]
+    where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
+    lines += ["", f"Batch {about['batch']}, {about['mode']}; {where}.", "", evaluation_table(rows)]
+    return "\n".join(lines)
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """Images a second by what computes them, and the minutes that ImageNet's validation images take at these rates."""
+    lines = [
+        "| model | float32 | bf16 | simulated W8/A8 | ONNX float32 | ONNX int8 | 50,000 images: float32 + simulated "
+    ]
+    lines[0] += "| ONNX float32 + int8 | ONNX int8 |"
+    lines.append("|---" * 9 + "|")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        by_precision = {row["precision"]: row for row in rows if row["model"] == model}
+        rates = [by_precision[name]["float_images_per_s"] for name in ("fp32", "bf16")]
+        rates += [by_precision["fp32"]["quant_images_per_s"], *onnx_rates(model)]
+        cells = [f"{rate:.1f}" if rate else "not run" for rate in rates]
+        for some in ((rates[0], rates[2]), rates[3:], rates[4:]):
+            cells.append(f"{sum(50000 / rate for rate in some) / 60:.0f} min" if all(some) else "-")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def onnx_rates(model: str) -> list[float | None]:
+    """Images a second of the float and the int8 model in ONNX Runtime at batch 8, from scripts/evaluate_onnx.py."""
+    path = RESULTS / "onnx" / f"{model}.json"
+    if not path.exists():
+        return [None, None]
+    latency = json.loads(path.read_text())["latency_ms"]["8"]
+    return [8000 / latency[kind] for kind in ("float", "onnx")]
+
+
+def whole_runs_table(rows: list[dict[str, str]]) -> str:
+    """The last run of each model and recipe on each device: its seconds by part, from rows of scripts/whole_runs.py."""
+    parts = ("start", "build", "quantize", "images", "calibrate", "evaluate", "total")
+    about, cases = ("model", "recipe", "precision", "steps"), ("model", "recipe", "device")
+    last, tables = {tuple(row[key] for key in cases): row for row in rows}.values(), []
+    for device in dict.fromkeys(row["device"] for row in last):
+        some = [row for row in last if row["device"] == device]
+        lines = [f"| {' | '.join(about)} | images evaluated | {' | '.join(parts)} |"]
+        lines.append("|---" * (len(about) + 1 + len(parts)) + "|")
+        for row in some:
+            cells = [row["model"], row["recipe"], row["precision"], f"2 x {row['steps']}", row["n"]]
+            cells += [f"{float(row[f'{part}_s']):.1f}" for part in parts]
+            lines.append(f"| {' | '.join(cells)} |")
+        calibrated = f"Seconds; {all_of(some, 'calibration_images')} calibration images; "
+        tables.append("\n".join([*lines, "", calibrated + computed_with(some)]))
+    return "\n\n".join(tables)
