@@ -10,8 +10,8 @@ by whole percents: both, then one after the other.
 Fisher-weighted ranges (as in PTQ4ViT, Yuan et al., ECCV 2022) sum (g e)^2 value by value, as if no two errors
 had to do with each other; the squared error of the tensor (OMSE) has all g alike. This one is ours.
 
-Where all activations have 8 bits, what was observed is kept: clipping gains next to nothing there, and photographs
-reach further than the images that are generated.
+Where all activations have the use of 8 bits, what was observed is kept: clipping gains next to nothing there, and
+photographs reach further than the images that are generated.
 """
 
 import math
@@ -28,23 +28,28 @@ BINS = 2048  # eight for each step of 8 bits
 SAMPLES = 256  # of r and an image: the mean of so many squares is known to 9 %
 FACTORS = torch.arange(100, 9, -1) / 100  # of an end of a range
 ROUNDS = 2  # of the ends one after the other
-MOST_BITS = 7  # of the activation that has the fewest, for any to be clipped
+MOST_BITS = 7  # in use, of the activation that has the fewest, for any to be clipped
 
 
 def search_ranges(model: nn.Module, images: Tensor, batch_size: int) -> None:
     """Narrow the range of every activation quantizer of a model to that of the least error of the logits.
 
-    If all of them have more than MOST_BITS they stay as they are.
+    If all of them have the use of more than MOST_BITS they stay as they are.
 
     Args:
         model: its ranges are observed, but not frozen.
         images: those that they were observed on, (B, 3, H, W).
         batch_size: images a pass.
     """
-    if min(act.bits for _, act in named_activations(model)) > MOST_BITS:
+    if min(bits_in_use(act) for _, act in named_activations(model)) > MOST_BITS:
         return
     for act, slopes in slope_histograms(model, images, batch_size).items():
         act.low, act.high = search_range(act, F.normalize(slopes))  # an image counts as any other, however steep it is
+
+
+def bits_in_use(act: QuantAct) -> int:
+    """Of an activation of one sign a symmetric grid has one bit less."""
+    return act.bits - int(act.symmetric and bool(act.low >= 0 or act.high <= 0))
 
 
 @torch.enable_grad()

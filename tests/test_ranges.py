@@ -14,6 +14,7 @@ from quant.ranges import (
     BINS,
     FACTORS,
     SAMPLES,
+    bits_in_use,
     range_errors,
     search_range,
     search_ranges,
@@ -131,6 +132,19 @@ def test_where_all_have_8_bits_or_are_in_float_ranges_stay_as_they_were_seen(mod
     monkeypatch.setattr(model, "forward", lambda images: pytest.fail("a pass"))
     search_ranges(model, IMAGES, 32)
     assert activation_ranges(model) == before
+
+
+def test_a_symmetric_grid_of_8_bits_is_searched_as_it_has_7_for_what_has_one_sign(model, monkeypatch):
+    """Softmax's output."""
+    monkeypatch.setattr("quant.ranges.SAMPLES", 8)
+    quantize_model(model, 4, 8, recipe=INPUTS.without_zero_points())
+    with observing(model), torch.no_grad():
+        forward(model, IMAGES, 32)
+    acts = dict(named_activations(model))
+    assert {bits_in_use(act) for name, act in acts.items() if name.endswith(("act_probs", "act_key"))} == {7, 8}
+    before = activation_ranges(model)
+    search_ranges(model, IMAGES, 32)
+    assert activation_ranges(model) != before
 
 
 def test_every_quantizer_of_a_model_is_searched_but_those_in_float():
