@@ -1,6 +1,7 @@
 """The ONNX graph of a calibrated model: valid, of integers, and the same function as the simulation."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_heads_are_merged_in_integers_and_windows_moved_in_float(model):
     rounded = {node.output[0] for node in nodes if node.op_type == "QuantizeLinear"}
     moved = sum(node.op_type == "Transpose" and node.input[0] in rounded for node in nodes)
     assert moved == (2 if hasattr(model, "blocks") else 0)  # blocks
+
+
+def test_queries_keys_and_values_are_taken_apart_along_the_first_dimension(model):
+    """Which OpenVINO does in place: it copies to split along another."""
+    operators = Counter(node.op_type for node in to_onnx(quantized(model, recipe=INPUTS)).graph.node)
+    attentions = [name for name, _ in model.named_modules() if name.endswith("attn")]
+    assert operators["Squeeze"] == 3 * len(attentions) and not operators["Split"]
 
 
 def test_int4_weights_take_half_the_space(vit):
