@@ -1,5 +1,6 @@
 import copy
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from quant import calibrate, quantize_model
 
 GOLDEN = Path(__file__).parent / "golden"
 FUZZED = Counter()  # inputs by reader, which the end of the tests tells
+
+
+def pytest_configure():
+    """Ctrl-C is tested: a shell has what it starts in the background ignore it, which its processes would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter):
