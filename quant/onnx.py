@@ -11,6 +11,7 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from quant.convert import check_calibrated
@@ -119,15 +120,25 @@ class OnnxLinear(OnnxWeight, QuantLinear):
 
 
 class OnnxConv2d(OnnxWeight, QuantConv2d):
-    """Modifications: a product of each patch, as kernel and stride are one. A runtime rounds a convolution's bias."""
+    """Modifications: a product of each patch, as kernel and stride are one: (B, rows * columns, D).
+
+    A runtime would round a convolution's bias.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         height, width = self.kernel_size
         rows, columns = H // height, W // width
         patches = x.view(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        y = self.product(patches.reshape(B, rows * columns, -1))
-        return y.transpose(1, 2).view(B, -1, rows, columns)
+        return self.product(patches.reshape(B, rows * columns, -1))
+
+
+class OnnxPatchEmbed(PatchEmbed):
+    """Modifications: the channels, which every reader wants last, are so from the start."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.proj(x))  # (B, N, D)
+        return x if self.flatten else x.unflatten(1, self.grid_size)  # (B, H, W, D) for Swin
 
 
 class OnnxHeads:
@@ -274,6 +285,8 @@ def prepare(model: nn.Module) -> nn.Module:
     swapped = [module for module in model.modules() if type(module) in SWAPS]
     for module in swapped:
         module.__class__ = SWAPS[type(module)]
+    if swapped:
+        model.patch_embed.__class__ = OnnxPatchEmbed
     for module in swapped:  # an attention comes before its quantizers, whose factor it sets
         module.prepare()
     return model

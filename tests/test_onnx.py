@@ -129,6 +129,12 @@ def test_queries_keys_and_values_are_taken_apart_along_the_first_dimension(model
     assert operators["Squeeze"] == 3 * len(attentions) and not operators["Split"]
 
 
+def test_what_the_patch_embedding_gives_is_not_moved(model):
+    nodes = to_onnx(quantized(model, recipe=INPUTS)).graph.node
+    operators = [node.op_type for node in nodes]
+    assert operators[: operators.index("LayerNormalization")].count("Transpose") == 1  # that which cuts the patches
+
+
 def test_int4_weights_take_half_the_space(vit):
     simulated = quantized(vit, 4, 8)
     wide, narrow = to_onnx(simulated), check(vit, 4, 8, int4=True)
