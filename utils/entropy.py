@@ -18,6 +18,7 @@ BANDWIDTH = 0.01  # h of the Gaussian kernel (published implementation; the pape
 POINTS = 10  # K, where the density is evaluated (published implementation)
 DENSITY_FLOOR = 1e-4  # keeps the logarithm finite where there is no similarity (published implementation)
 NARROW = 1e-3  # a span of similarities in which float32's roundings show
+CACHE = 2**21  # float32 values, 8 MB: in the cache of a server's CPU the largest kernels take a sixth less time
 LEAST_EXPONENT = -100.0  # of two: 1e-30, which the floor swallows. Numbers below 2^-126 take a CPU three times as long
 
 
@@ -70,14 +71,12 @@ class PatchEntropy(torch.autograd.Function):
         step = (high - low) / (POINTS - 1)
         similarity -= low
         points = step * torch.arange(POINTS, device=tokens.device)  # (K,), from low on
-        kernel = gaussian_kernel(similarity, count, points)  # (B, K, M)
-        q = kernel.sum(dim=2) + DENSITY_FLOOR  # (B, K)
-        trapezoid = torch.full_like(points, 1.0)
-        trapezoid[:: POINTS - 1].fill_(0.5)  # not by assignment, which would copy the number from the host, and wait
-        gradient = _gradient(tokens, similarity, kernel, points, -trapezoid * step * (q.log() + 1))
+        parts = [density_entropy(part, count, points) for part in similarity.split(_images_at_once(similarity))]
+        entropy, slope = (torch.cat(values) for values in zip(*parts, strict=True))
+        gradient = _gradient(tokens, slope / num_images)
         ctx.save_for_backward(F.pad(gradient / length, (0, 0, 1, 0)))  # token 0 has none
         ctx.features = features.shape, features.dtype
-        return -(q * q.log() * trapezoid).sum(dim=1).mean() * step
+        return entropy.mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -85,20 +84,40 @@ class PatchEntropy(torch.autograd.Function):
         return (grad / shape[1] * gradient).to(dtype)[:, None].expand(shape), None  # the same for each head
 
 
-def _gradient(tokens: Tensor, similarity: Tensor, kernel: Tensor, points: Tensor, slope: Tensor) -> Tensor:
-    """Gradient of the mean over images for the tokens (B*W, N, d), across them: their length does not matter.
+def density_entropy(similarity: Tensor, count: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of each image's density of similarities, and its gradient for them; equations 5 and 6.
 
     Args:
-        slope: (B, K), of an image's entropy for its density.
+        similarity: (B, M).
+        count: (M,), how many equal ones each stands for.
+        points: where the density is evaluated, in equal steps: (K,).
+
+    Returns:
+        (B,) and (B, M).
     """
-    W, N, _ = tokens.shape
-    slope = slope / (len(similarity) * BANDWIDTH**2)
+    kernel = gaussian_kernel(similarity, count, points)  # (B, K, M)
+    q = kernel.sum(dim=2) + DENSITY_FLOOR  # (B, K)
+    step, trapezoid = points[1], torch.full_like(points, 1.0)
+    trapezoid[:: POINTS - 1].fill_(0.5)  # not by assignment, which would copy the number from the host, and wait
+    entropy = -(q * q.log() * trapezoid).sum(dim=1) * step
+    slope = -trapezoid * step * (q.log() + 1) / BANDWIDTH**2
     # d kernel / d similarity = kernel * (point - similarity) / h^2
     moments = _float32_product(torch.stack([slope * points, slope], dim=1), kernel)  # (B, 2, M)
-    of_pairs = (moments[:, 0] - similarity * moments[:, 1]).view(W, -1)
+    return entropy, moments[:, 0] - similarity * moments[:, 1]
+
+
+def _images_at_once(similarity: Tensor) -> int:
+    """Of how many of the (B, M) the kernel is to be in memory: on a CPU, of what its cache holds."""
+    images, pairs = similarity.shape
+    return max(1, CACHE // (POINTS * pairs)) if similarity.device.type == "cpu" else images
+
+
+def _gradient(tokens: Tensor, of_pairs: Tensor) -> Tensor:
+    """Gradient for the tokens (B*W, N, d), across them, as their length does not matter, of that for pairs, (B, M)."""
+    W, N, _ = tokens.shape
     # A pair counts in both its rows; one of a token with itself twice, but that part is along it, and is taken away.
     place = _pairs_of(tokens)[2].expand(W, -1)
-    gradient = _float32_product(of_pairs.gather(1, place).view(W, N, N), tokens)
+    gradient = _float32_product(of_pairs.view(W, -1).gather(1, place).view(W, N, N), tokens)
     return gradient - tokens * (tokens * gradient).sum(dim=2, keepdim=True)
 
 
