@@ -5,8 +5,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from utils import entropy
-from utils.entropy import _float32_product, _opaque_product, patch_similarity, patch_similarity_entropy, patch_tokens
+from utils.entropy import (
+    CACHE,
+    POINTS,
+    _float32_product,
+    _opaque_product,
+    patch_similarity,
+    patch_similarity_entropy,
+    patch_tokens,
+)
 from utils.losses import total_variation
 
 
@@ -37,8 +44,8 @@ def test_entropy_and_gradient_equal_oracle(shape, windows):
 
 def test_entropy_is_the_same_however_many_images_the_cache_holds(monkeypatch):
     features, results = torch.randn(4 * 3, 2, 9, 5, requires_grad=True), []
-    for values in (1, 2 * entropy.POINTS * 3 * 36, entropy.CACHE):  # one image at a time, two, all four
-        monkeypatch.setattr(entropy, "CACHE", values)
+    for values in (1, 2 * POINTS * 3 * 36, CACHE):  # one image at a time, two, all four
+        monkeypatch.setattr("utils.entropy.CACHE", values)
         value = patch_similarity_entropy(features, num_images=4)
         results.append((value, *torch.autograd.grad(value, features)))
     for value, gradient in results[:-1]:

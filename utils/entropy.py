@@ -18,7 +18,7 @@ BANDWIDTH = 0.01  # h of the Gaussian kernel (published implementation; the pape
 POINTS = 10  # K, where the density is evaluated (published implementation)
 DENSITY_FLOOR = 1e-4  # keeps the logarithm finite where there is no similarity (published implementation)
 NARROW = 1e-3  # a span of similarities in which float32's roundings show
-CACHE = 2**21  # float32 values, 8 MB: in the cache of a server's CPU the largest kernels take a sixth less time
+CACHE = 2**21  # float32 values, 8 MB: what a server's CPU has cache for; large kernels take up to a sixth less time
 LEAST_EXPONENT = -100.0  # of two: 1e-30, which the floor swallows. Numbers below 2^-126 take a CPU three times as long
 
 
