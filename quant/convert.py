@@ -22,6 +22,7 @@ from quant.ranges import search_ranges
 from quant.recipes import PAPER, Recipe, matches
 from quant.rounding import input_moments
 from quant.streams import obstacle, rotate
+from quant.windows import cover_values, window_contexts
 
 
 def quantize_model(
@@ -166,8 +167,10 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
     layers = dict(modules.quantized_weights(model))
+    contexts = window_contexts(model) if recipe.windows else {}
+    cover_values(contexts)
     if recipe.search_ranges:
-        search_ranges(model, images, batch_size)
+        search_ranges(model, images, batch_size, contexts)
     for _, act in modules.named_activations(model):
         act.freeze()
     moments = input_moments(layers, run) if recipe.compensate else {}

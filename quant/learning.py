@@ -23,7 +23,6 @@ RATE = 0.01  # of Adam, in steps of a weight's grid; all rates fall to zero as a
 SCALE_RATE = 0.002  # as a part of an activation's scale
 BIAS_RATE = 1e-4
 BETAS = (0.9, 0.99)  # the squares are forgotten within a hundred steps, of which there are few
-MARGIN = 0.49  # how far at most a weight's integer is at first from what it was rounded from, in steps of its grid
 REACH = 1 / 8  # of a side: the largest cyclic shift of the images
 
 
@@ -51,7 +50,9 @@ class Student:
         self.random = torch.Generator().manual_seed(seed)
         self.layers = dict(quantized_weights(model.requires_grad_(False)))
         self.acts = {name: act for name, act in named_activations(model) if act.scale is not None}
-        self.codes = {name: unrounded(layer, teacher.get_submodule(name)) for name, layer in self.layers.items()}
+        # From the middle between two borders: all first steps of Adam are of one length, and from what weights were
+        # rounded from, much of it next to a border, they would undo the compensation before any gradient is known well.
+        self.codes = {name: (layer.weight / layer.weight_scale).round() for name, layer in self.layers.items()}
         self.biases = {name: layer.bias for name, layer in self.layers.items() if layer.bias is not None}
         self.scales = {name: act.scale.log().requires_grad_() for name, act in self.acts.items()}
         for name, act in self.acts.items():
@@ -117,13 +118,6 @@ class Student:
             expected = block_outputs(self.teacher, images)
         outputs = block_outputs(self.model, images)
         return torch.stack([(y - t).square().mean() / t.var() for y, t in zip(outputs, expected, strict=True)]).mean()
-
-
-@torch.no_grad()
-def unrounded(layer: nn.Module, before: nn.Module) -> Tensor:
-    """A weight in steps of its grid, as near to what it was `before` as rounds to the integers that it has."""
-    codes = layer.weight / layer.weight_scale
-    return torch.clamp(before.weight / layer.weight_scale, codes - MARGIN, codes + MARGIN)
 
 
 def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:

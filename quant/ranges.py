@@ -15,7 +15,10 @@ photographs reach further than the images that are generated.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +26,18 @@ from torch import Tensor, nn
 
 from quant.modules import QuantAct, named_activations
 from quant.quantizers import FLOAT_BITS, fake_quantize_
+from quant.windows import ALIKE
 
 BINS = 2048  # eight for each step of 8 bits
 SAMPLES = 256  # of r and an image: the mean of so many squares is known to 9 %
 FACTORS = torch.arange(100, 9, -1) / 100  # of an end of a range
 ROUNDS = 2  # of the ends one after the other
 MOST_BITS = 7  # in use, of the activation that has the fewest, for any to be clipped
+Contexts = Mapping[QuantAct, nn.Module]  # quantizers, and the attention of each
+NONE: Contexts = MappingProxyType({})
 
 
-def search_ranges(model: nn.Module, images: Tensor, batch_size: int) -> None:
+def search_ranges(model: nn.Module, images: Tensor, batch_size: int, contexts: Contexts = NONE) -> None:
     """Narrow the range of every activation quantizer of a model to that of the least error of the logits.
 
     If all of them have the use of more than MOST_BITS they stay as they are.
@@ -40,10 +46,11 @@ def search_ranges(model: nn.Module, images: Tensor, batch_size: int) -> None:
         model: its ranges are observed, but not frozen.
         images: those that they were observed on, (B, 3, H, W).
         batch_size: images a pass.
+        contexts: those that are searched as quant/windows.py says.
     """
     if min(bits_in_use(act) for _, act in named_activations(model)) > MOST_BITS:
         return
-    for act, slopes in slope_histograms(model, images, batch_size).items():
+    for act, slopes in slope_histograms(model, images, batch_size, contexts).items():
         act.low, act.high = search_range(act, F.normalize(slopes))  # an image counts as any other, however steep it is
 
 
@@ -53,32 +60,44 @@ def bits_in_use(act: QuantAct) -> int:
 
 
 @torch.enable_grad()
-def slope_histograms(model: nn.Module, images: Tensor, batch_size: int) -> dict[QuantAct, Tensor]:
+def slope_histograms(
+    model: nn.Module, images: Tensor, batch_size: int, contexts: Contexts = NONE
+) -> dict[QuantAct, Tensor]:
     """Of every quantizer, the sums of g over the values in each part of its range: a row a sample, (n, BINS)."""
     acts = [act for _, act in named_activations(model) if act.bits != FLOAT_BITS and act.low < act.high]
     rows: dict[QuantAct, list[Tensor]] = {act: [] for act in acts}
+    latest: dict[QuantAct, Tensor] = {}
 
     def watch(act: QuantAct, inputs: tuple[Tensor]) -> None:
-        if inputs[0].requires_grad:
-            x = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
-            inputs[0].register_hook(lambda g: rows[act].append(slope_histogram(act, x, g, len(batch))))
+        latest[act] = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
+        if act in rows and inputs[0].requires_grad:
+            inputs[0].register_hook(partial(count, act, latest[act], contexts.get(act)))
+
+    def count(act: QuantAct, x: Tensor, attention: nn.Module | None, g: Tensor) -> None:
+        x, g = (tensor.reshape(len(batch), -1) for tensor in (x, g))
+        rows[act].append(slope_histogram(act, x, g))
+        if attention is not None:
+            some = slice(-start % ALIKE, None, ALIKE)
+            values = attention.merge_heads(latest[attention.act_value]).reshape(x.shape)
+            rows[act].append(slope_histogram(act, values[some], g[some]))
 
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
     with ExitStack() as hooks:
-        for act in acts:
+        for _, act in named_activations(model):
             hooks.enter_context(act.register_forward_pre_hook(watch))
         for _ in range(math.ceil(SAMPLES / len(images))):
-            for batch in images.to(device).split(batch_size):
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size].to(device)
                 logits = model(batch.requires_grad_())
                 r = torch.randn(logits.shape, generator=generator).to(device)
                 torch.autograd.grad(logits, batch, r)
     return {act: torch.cat(some) for act, some in rows.items() if some}
 
 
-def slope_histogram(act: QuantAct, x: Tensor, g: Tensor, samples: int) -> Tensor:
-    """The sums of g over the values x, of the same shape, in each part of the range: (samples, BINS)."""
-    parts = ((x - act.low) * (BINS / (act.high - act.low))).long().clamp_(0, BINS - 1).reshape(samples, -1)
-    return torch.zeros(samples, BINS, device=x.device).scatter_add_(1, parts, g.float().reshape(samples, -1))
+def slope_histogram(act: QuantAct, x: Tensor, g: Tensor) -> Tensor:
+    """The sums of g over the values x, both (samples, n), in each part of the range: (samples, BINS)."""
+    parts = ((x - act.low) * (BINS / (act.high - act.low))).long().clamp_(0, BINS - 1)
+    return torch.zeros(len(x), BINS, device=x.device).scatter_add_(1, parts, g.float())
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from utils.run.precision import float32_products
 from utils.run.progress import progress_bar
 
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
-TECHNIQUES = ("search_ranges", "stretch", "shade", "balance", "rotate", "drop_key_biases", "compensate")
+TECHNIQUES = ("search_ranges", "stretch", "shade", "windows", "balance", "rotate", "drop_key_biases", "compensate")
 COLUMNS = ("model", "w_bit", "a_bit", "recipe", "seed", "n", "top1", "float_top1", "agreement", "calibrate_s")
 COLUMNS = (*COLUMNS, "calibration_images", *ORIGIN)
 

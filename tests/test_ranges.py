@@ -58,7 +58,7 @@ def test_a_searched_range_costs_little_more_than_the_best_of_all(shape, bits, sy
             act.low, act.high = seen[0] * low, seen[1] * high
             errors.append(error(act, x, g))
     act.low, act.high = seen
-    act.low, act.high = search_range(act, slope_histogram(act, x, g, 64))
+    act.low, act.high = search_range(act, slope_histogram(act, x.flatten(1), g.flatten(1)))
     assert act.low.abs() <= seen[0].abs() and act.low < act.high <= seen[1]
     # The least of a thousand sums of noise is low by chance; and a histogram is not exact
     assert error(act, x, g) < min(2 * min(errors), 1.05 * errors[0])
@@ -69,7 +69,7 @@ def test_errors_that_add_up_cost_more_than_those_that_cancel():
     x = torch.rand(100, 1000) ** 4
     act = observed(x, 3)
     adding, cancelling = torch.ones_like(x), torch.randn_like(x)
-    high = [search_range(act, slope_histogram(act, x, g, 100))[1].item() for g in (adding, cancelling)]
+    high = [search_range(act, slope_histogram(act, x, g))[1].item() for g in (adding, cancelling)]
     for end, g in zip(high, (adding, cancelling), strict=True):
         act.high = torch.tensor(end)
         mine = error(act, x, g)
@@ -80,7 +80,7 @@ def test_errors_that_add_up_cost_more_than_those_that_cancel():
 def test_errors_from_a_histogram_are_those_of_the_values():
     x, g = torch.randn(4, 20000), torch.rand(4, 20000)
     act = observed(x, 4)
-    slopes = slope_histogram(act, x, g, 4)
+    slopes = slope_histogram(act, x, g)
     torch.testing.assert_close(slopes.sum(1), g.sum(1))
     found = range_errors(act, act.low[None] / 2, act.high[None] / 3, middles(act), slopes)
     act.low, act.high = act.low / 2, act.high / 3
@@ -169,7 +169,7 @@ def test_an_image_at_which_the_logits_are_steep_counts_as_any_other(monkeypatch)
     g, factors, found = torch.randn_like(x) + torch.randn(64, 1), torch.ones(64, 1), []
     for factors[:3] in (1, 1000):
         act = observed(x, 4)
-        slopes = slope_histogram(act, x, g * factors, 64)
+        slopes = slope_histogram(act, x, g * factors)
         monkeypatch.setattr("quant.ranges.slope_histograms", lambda *_, act=act, slopes=slopes: {act: slopes})
         search_ranges(act, x, 64)
         found.append((act.low.item(), act.high.item()))
