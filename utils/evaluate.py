@@ -88,7 +88,8 @@ def evaluate(
                 for name in models:
                     correct[name] += hits[name]
             if step % report_every == 0 and count:
-                bar.set_postfix({name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()})
+                shares = {name: f"{100 * hits[0].item() / count:.2f} %" for name, hits in correct.items()}
+                bar.set_postfix(shares, refresh=False)
     shards = gather((count, unreadable, {name: hits.cpu() for name, hits in correct.items()}))
     n = sum(count for count, _, _ in shards)
     results: dict[str, float | int | list] = {

@@ -93,7 +93,8 @@ class Optimisation:
             bar.update()
             if len(recent) == READ_EVERY or self.done == self.total or stop():
                 self.read(recent, good)
-                bar.set_postfix({n: f"{v:.3g}" for n, v in zip(self.terms, self.losses[-1], strict=True)})
+                terms = zip(self.terms, self.losses[-1], strict=True)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in terms}, refresh=False)
                 good, recent = self.snapshot(), []
             if stop():
                 raise Stopped(stop(), self.save(good, f"interrupted at step {self.done}"))
