@@ -17,6 +17,7 @@ from torch import nn
 from quant.modules import QuantAct
 
 ALIKE = 8  # the windows of one image in so many count once more, as if alike, when ranges are searched
+Contexts = Mapping[QuantAct, nn.Module]  # their quantizers, and the attention of each
 
 
 def window_contexts(model: nn.Module) -> dict[QuantAct, nn.Module]:
@@ -26,7 +27,7 @@ def window_contexts(model: nn.Module) -> dict[QuantAct, nn.Module]:
     return {attention.act_context: attention for attention in placed}
 
 
-def cover_values(contexts: Mapping[QuantAct, nn.Module]) -> None:
+def cover_values(contexts: Contexts) -> None:
     """Widen the observed range of each context to that of the values."""
     for context, attention in contexts.items():
         context.low = torch.minimum(context.low, attention.act_value.low)

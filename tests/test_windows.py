@@ -9,8 +9,8 @@ from families import build
 from quant import calibrate, quantize_model
 from quant.convert import forward, observing
 from quant.modules import named_activations
-from quant.ranges import slope_histogram, slope_histograms
 from quant.recipes import BEST, INPUTS, PAPER
+from quant.slopes import slope_histogram, slope_histograms
 from quant.windows import ALIKE, cover_values, window_contexts
 
 IMAGES = torch.randn(2 * ALIKE + 3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_contexts_reach_as_far_as_values_where_ranges_are_those_seen(swin):
 
 @pytest.mark.parametrize("batch_size", [5, 32])
 def test_windows_of_some_images_count_once_more_with_each_value_for_its_context(swin, monkeypatch, batch_size):
-    monkeypatch.setattr("quant.ranges.SAMPLES", len(IMAGES))
+    monkeypatch.setattr("quant.slopes.SAMPLES", len(IMAGES))
     quantize_model(swin, 16, 4, recipe=INPUTS)
     with observing(swin), torch.no_grad():
         forward(swin, IMAGES, 32)
