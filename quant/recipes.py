@@ -24,7 +24,7 @@ class Recipe:
     balance: bool = False  # quant/balance.py, before anything is quantized
     rotate: bool = False  # quant/streams.py, after it, where that brings the logits nearer to the float ones
     drop_key_biases: bool = False  # quant/biases.py, after both, as a rotation moves the shifts of norms into biases
-    windows: bool = False  # quant/windows.py: contexts may be what they are where all tokens of a window are alike
+    windows: bool = False  # quant/windows.py: within windows contexts reach as far as values
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
     learn: bool = False  # quant/learning.py, after all of it
