@@ -34,24 +34,29 @@ def slope_histograms(
     """
     acts = [act for _, act in named_activations(model) if act.bits != FLOAT_BITS and act.low < act.high]
     rows: dict[QuantAct, list[Tensor]] = {act: [] for act in acts}
-    contexts, latest = contexts or {}, {}
+    contexts, values = contexts or {}, {}
+
+    def keep(act: QuantAct, inputs: tuple[Tensor]) -> None:
+        values[act] = inputs[0].detach()
 
     def watch(act: QuantAct, inputs: tuple[Tensor]) -> None:
-        latest[act] = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
-        if act in rows and inputs[0].requires_grad:
-            inputs[0].register_hook(partial(count, act, latest[act], contexts.get(act)))
+        if inputs[0].requires_grad:
+            x = inputs[0].detach()  # a hook that held the tensor itself would keep the whole graph, as a cycle
+            inputs[0].register_hook(partial(count, act, x, contexts.get(act)))
 
     def count(act: QuantAct, x: Tensor, attention: nn.Module | None, g: Tensor) -> None:
         x, g = (tensor.reshape(len(batch), -1) for tensor in (x, g))
         rows[act].append(slope_histogram(act, x, g))
         if attention is not None:
             some = slice(-start % ALIKE, None, ALIKE)
-            values = attention.merge_heads(latest[attention.act_value]).reshape(x.shape)
-            rows[act].append(slope_histogram(act, values[some], g[some]))
+            alike = attention.merge_heads(values[attention.act_value]).reshape(x.shape)
+            rows[act].append(slope_histogram(act, alike[some], g[some]))
 
     images, generator = images.to(next(model.parameters()).device), torch.Generator().manual_seed(0)
     with ExitStack() as hooks:
-        for _, act in named_activations(model):
+        for attention in contexts.values():
+            hooks.enter_context(attention.act_value.register_forward_pre_hook(keep))
+        for act in acts:
             hooks.enter_context(act.register_forward_pre_hook(watch))
         for _ in range(math.ceil(SAMPLES / len(images))):
             for start in range(0, len(images), batch_size):
