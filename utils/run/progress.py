@@ -11,7 +11,8 @@ from utils.run.distributed import is_first
 def progress_bar(iterable: Iterable | None = None, **options: object) -> tqdm:
     """tqdm, which redraws ten times a second in a terminal and seldom where each redraw is a line of a log."""
     options["disable"] = options.get("disable", False) or not is_first()
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+    seldom = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}  # by itself tqdm waits 10 s at most
+    return tqdm(iterable, dynamic_ncols=True, **seldom, **options)
 
 
 def note(message: str) -> None:
