@@ -107,24 +107,45 @@ def test_products_run_in_integers(model, tmp_path):
 @pytest.mark.parametrize("recipe", [INPUTS, BEST.without_zero_points()], ids=lambda recipe: recipe.name)
 def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path, recipe):
     blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
-    products = 6 * blocks + 2 + hasattr(model, "layers")  # qkv, scores, context, proj, fc1, fc2; ends; one merging
+    each = 8 if recipe is INPUTS else 6  # qkv, as three or one; scores, context, proj, fc1, fc2
+    products = each * blocks + 2 + hasattr(model, "layers")  # both ends; one merging
     run(to_onnx(quantized(model, recipe=recipe)), IMAGES[:1], tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert sum(map(operators.count, ("MatMulIntegerToFloat", "QLinearMatMul"))) == products
     assert "MatMul" not in operators and "Gemm" not in operators
 
 
-def test_heads_are_merged_in_integers_and_windows_moved_in_float(model):
+def test_heads_are_moved_in_integers_and_windows_in_float(model):
     """What a runtime moves faster."""
-    nodes = to_onnx(quantized(model, recipe=INPUTS)).graph.node
-    rounded = {node.output[0] for node in nodes if node.op_type == "QuantizeLinear"}
-    moved = sum(node.op_type == "Transpose" and node.input[0] in rounded for node in nodes)
-    assert moved == (2 if hasattr(model, "blocks") else 0)  # blocks
+    graph = onnx.shape_inference.infer_shapes(to_onnx(quantized(model, recipe=INPUTS))).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    moved = Counter(types[node.output[0]] for node in graph.node if node.op_type == "Transpose")
+    attentions = sum(name.endswith("attn") for name, _ in model.named_modules())
+    assert moved[onnx.TensorProto.INT8] == 2 * attentions  # keys and values
+    assert moved[onnx.TensorProto.UINT8] == (attentions if hasattr(model, "blocks") else 0)  # contexts
 
 
-def test_queries_keys_and_values_are_taken_apart_along_the_first_dimension(model):
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path):
+    """Keys and values, too, as weights are: ONNX Runtime does the same of uint8 by uint8 more slowly."""
+    for attention in [module for name, module in model.named_modules() if name.endswith("attn")]:
+        attention.qkv.bias = attention.qkv.bias if qkv_bias else None
+    run(check(model, 8, 8, recipe=INPUTS), IMAGES[:1], tmp_path / "optimized.onnx")
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    zero_points = {"MatMulIntegerToFloat": (4, 5), "QLinearMatMul": (2, 5)}  # of both factors, among the inputs
+    pairs = [
+        tuple(types[node.input[place]] for place in zero_points[node.op_type])
+        for node in graph.node
+        if node.op_type in zero_points
+    ]
+    assert len(pairs) > 16 and set(pairs) == {(onnx.TensorProto.UINT8, onnx.TensorProto.INT8)}
+    assert not {"MatMul", "Gemm", "DequantizeLinear"} & {node.op_type for node in graph.node}
+
+
+def test_queries_keys_and_values_of_one_scale_are_taken_apart_along_the_first_dimension(model):
     """Which OpenVINO does in place: it copies to split along another."""
-    operators = Counter(node.op_type for node in to_onnx(quantized(model, recipe=INPUTS)).graph.node)
+    operators = Counter(node.op_type for node in to_onnx(quantized(model)).graph.node)
     attentions = [name for name, _ in model.named_modules() if name.endswith("attn")]
     assert operators["Squeeze"] == 3 * len(attentions) and not operators["Split"]
 
