@@ -147,10 +147,10 @@ def calibrate(
         images = add_shaded(images, config["mean"], config["std"])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
-    if not recipe.learn or set(quantizer_bits(model).values()) == {FLOAT_BITS}:
+    if not recipe.learn or min(quantizer_bits(model).values()) > recipe.learn_bits:
         return fit(model, images, batch_size)
     teacher = copy.deepcopy(model)
-    student = Student(fit(model, images, batch_size), teacher, images)
+    student = Student(fit(model, images, batch_size), teacher, images, recipe.learn)
     learn(student)
     student.finish()
     return model

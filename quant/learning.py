@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from quant.modules import named_activations, quantized_weights
 from quant.quantizers import signed_grid
 
-STEPS = 400
 BATCH = 32  # images of a step
 RATE = 0.01  # of Adam, in steps of a weight's grid; all rates fall to zero as a cosine
 SCALE_RATE = 0.002  # as a part of an activation's scale
@@ -36,17 +35,17 @@ class Student:
         total: steps that are to be done.
     """
 
-    total = STEPS
-
-    def __init__(self, model: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module, images: Tensor, steps: int, seed: int = 0) -> None:
         """Begin with what calibration left.
 
         Args:
             model: calibrated.
             teacher: the same model before it was: in float, with its channels in the same basis.
             images: (B, 3, H, W), normalised.
+            steps: to be done in all.
         """
         self.model, self.teacher, self.images = model, teacher.requires_grad_(False), images
+        self.total = steps
         self.random = torch.Generator().manual_seed(seed)
         self.layers = dict(quantized_weights(model.requires_grad_(False)))
         self.acts = {name: act for name, act in named_activations(model) if act.scale is not None}

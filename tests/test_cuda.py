@@ -107,12 +107,11 @@ def test_best_keeps_as_much_as_on_a_cpu(w_bit):
 
 
 def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(Student, "total", 60)
     model = build_model("demo_vit").cuda()
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     quantized = quantize_model(copy.deepcopy(model), 4, 4, recipe=LEARNED)
     teacher = copy.deepcopy(quantized)
-    student = Student(fit(copy.deepcopy(quantized), images, 32), teacher, images)
+    student = Student(fit(copy.deepcopy(quantized), images, 32), teacher, images, steps=60)
     before = student.error(images.cuda()).item()
     with pytest.raises(Stopped), monkeypatch.context() as patch:
         steps = student.step
@@ -124,7 +123,7 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
 
         patch.setattr(student, "step", interrupted)
         learn(student, tmp_path)
-    again = Student(fit(quantized, images, 32), teacher, images)
+    again = Student(fit(quantized, images, 32), teacher, images, steps=60)
     learn(again, tmp_path)
     again.finish()
     assert again.error(images.cuda()).item() < 0.9 * before

@@ -22,29 +22,23 @@ from utils.run.errors import InputError
 from utils.run.signals import Stopped
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-RECIPE = replace(INPUTS, search_ranges=True, compensate=True, learn=True)
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    monkeypatch.setattr(Student, "total", 3)
+RECIPE = replace(INPUTS, search_ranges=True, compensate=True, learn=3)
 
 
 def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
     quantized = quantize_model(copy.deepcopy(model), w_bit, a_bit, recipe=recipe)
     teacher = copy.deepcopy(quantized)
-    return Student(fit(quantized, IMAGES, 32), teacher, IMAGES)
+    return Student(fit(quantized, IMAGES, 32), teacher, IMAGES, recipe.learn)
 
 
 @torch.no_grad()
-def test_a_model_learns_on_images_what_holds_for_others(monkeypatch):
-    monkeypatch.setattr(Student, "total", 200)
+def test_a_model_learns_on_images_what_holds_for_others():
     model = build_model("demo_vit")
     images = torch.from_numpy(render_others(32, 64, 0)).permute(0, 3, 1, 2) / 127.5 - 1
     expected = model(images)
     best, learned = (
-        calibrate(quantize_model(copy.deepcopy(model), 3, 3, recipe=replace(RECIPE, learn=learns)), images[:16])(images)
-        for learns in (False, True)
+        calibrate(quantize_model(copy.deepcopy(model), 3, 3, recipe=replace(RECIPE, learn=steps)), images[:16])(images)
+        for steps in (0, 200)
     )
     for some in (slice(16), slice(16, None)):
         errors = [(logits[some] - expected[some]).square().mean() for logits in (best, learned)]
@@ -52,7 +46,7 @@ def test_a_model_learns_on_images_what_holds_for_others(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", [RECIPE, replace(BEST, learn=True).without_zero_points()])
+@pytest.mark.parametrize("recipe", [RECIPE, replace(BEST, learn=3, learn_bits=4).without_zero_points()])
 def test_what_is_learned_is_loaded_bit_for_bit(model, recipe):
     saved = calibrate(quantize_model(copy.deepcopy(model), 4, 6, recipe=recipe), IMAGES)
     loaded = load_integer_state(quantize_model(model, 4, 6, recipe=recipe), integer_state(saved))
@@ -139,6 +133,13 @@ def test_nothing_is_learned_where_all_is_float(vit):
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("w_bit", "a_bit", "steps"), [(4, 4, 0), (3, 8, 100), (8, 3, 100)])
+def test_best_learns_with_three_bits(vit, w_bit, a_bit, steps):
+    students = []
+    calibrate(quantize_model(vit, w_bit, a_bit, recipe=BEST), IMAGES, learn=students.append)
+    assert sum(student.total for student in students) == steps
+
+
 def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
     whole, part, rest, other = student_of(vit), student_of(vit), student_of(vit), student_of(vit, a_bit=5)
     learn(whole, tmp_path / "whole")
@@ -157,5 +158,5 @@ def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
     numbers, step = [], rest.step
     rest.step = lambda number: (numbers.append(number), step(number))[1]
     learn(rest, tmp_path / "part")
-    assert numbers == list(range(2, Student.total))
+    assert numbers == list(range(2, whole.total))
     assert all(torch.equal(tensor, rest.tensors[name]) for name, tensor in whole.tensors.items())

@@ -33,7 +33,7 @@ def learn(student: Student, state: Path) -> None:
             random=student.random,
             file=state / f"learning-{rank()}.safetensors",
             identity={"model and images": digest(begun_with)},
-            out_of_memory=lambda: f"for a step of learning, of {BATCH} images; --recipe best takes less",
+            out_of_memory=lambda: f"for a step of learning, of {BATCH} images; a smaller --calib-batchsize takes less",
         )
         bar.update(optimisation.done)
         optimisation.run(bar, stop)
