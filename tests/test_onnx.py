@@ -8,15 +8,13 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 
 from quant import calibrate, quantize_model
-from quant.modules import named_activations
-from quant.quantizers import fake_quantize_, unsigned_grid
 from quant.recipes import BEST, INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from quant.onnx import OnnxAct, dequantize, prepare, quantize, to_onnx  # noqa: E402
+from quant.onnx import to_onnx  # noqa: E402
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -171,44 +169,6 @@ def test_windows_that_need_padding_still_compute_the_same():
     torch.manual_seed(0)
     options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
     check(SwinTransformer(img_size=32, patch_size=2, window_size=3, **options).eval(), 8, 8)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 7, 8])
-def test_activations_saturate_at_the_grid(bits):
-    x = torch.linspace(-3, 4, 5000)
-    act = calibrated_act(bits, x / 2)
-    codes = act.quantize(x)
-    assert codes.min() == 0 and codes.max() == 2**bits - 1
-    expected = fake_quantize_(x.clone(), act.scale, act.zero_point.float(), unsigned_grid(bits))
-    assert ((act.dequantize(codes) - expected).abs() <= 1.01 * act.scale).all()  # a tie may fall to the other side
-    assert (act.dequantize(codes) != expected).float().mean() < 0.01
-
-
-def calibrated_act(bits, x):
-    act = OnnxAct(bits)
-    act.observe(x)
-    act.freeze()
-    act.prepare()
-    return act
-
-
-def test_operators_round_as_onnx_defines_them():
-    """Half to even before the zero point is added, which is where the simulation differs: it gives 2, 2, 4, 4."""
-    x, scale, zero = torch.tensor([0.5, 1.5, 2.5, 3.5, 300.0, -9.0]), torch.tensor(1.0), torch.tensor(1).to(torch.uint8)
-    codes = quantize(x, scale, zero)
-    assert codes.tolist() == [1, 3, 3, 5, 255, 0]
-    assert dequantize(codes, scale, zero, 0).tolist() == [0, 2, 2, 4, 254, -1]
-
-
-def test_model_is_left_as_it_is(model):
-    simulated = quantized(model)
-    before = {name: value.clone() for name, value in simulated.state_dict().items()}
-    kinds, logits = [type(module) for module in simulated.modules()], simulated(IMAGES)
-    prepare(simulated)
-    assert kinds == [type(module) for module in simulated.modules()]
-    assert all(torch.equal(value, before[name]) for name, value in simulated.state_dict().items())
-    assert torch.equal(simulated(IMAGES), logits)
-    assert all(act.zero_point.dtype == torch.float32 for _, act in named_activations(simulated))
 
 
 def test_an_uncalibrated_model_is_refused(vit):
