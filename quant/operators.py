@@ -113,15 +113,15 @@ class OnnxLinear(OnnxWeight, QuantLinear):
 
         They all have a bias: a product whose output is rounded to int8 at once ONNX Runtime computes in float.
         """
-        layers = nn.ModuleList(copy.deepcopy(self) for _ in range(parts))
-        bias = torch.zeros(self.out_features) if self.bias is None else self.bias
-        for name, value in (("weight", self.weight), ("bias", bias), ("weight_scale", self.weight_scale)):
-            if value is None:  # weights in float
-                continue
-            for layer, rows in zip(layers, value.detach().chunk(parts), strict=True):
-                setattr(layer, name, rows if name == "weight_scale" else nn.Parameter(rows, requires_grad=False))
-        for layer in layers:
+        biases = (torch.zeros(self.out_features) if self.bias is None else self.bias).chunk(parts)
+        scales = [None] * parts if self.weight_scale is None else self.weight_scale.chunk(parts)
+        layers = nn.ModuleList()
+        for weight, bias, scale in zip(self.weight.chunk(parts), biases, scales, strict=True):
+            layer = copy.deepcopy(self)
+            layer.weight, layer.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+            layer.weight_scale = scale
             layer.prepare()
+            layers.append(layer)
         return layers
 
 
