@@ -42,7 +42,7 @@ def variants() -> dict[str, Recipe]:
         recipe = replace(recipe, **{technique: True})
         recipes[f"+ {technique}"] = recipe
     recipes |= {"best": BEST, "learned": LEARNED}  # best has the last of them
-    recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in TECHNIQUES[:-1]}
+    recipes |= {f"best - {technique}": replace(BEST, **{technique: False}) for technique in (*TECHNIQUES[:-1], "learn")}
     return recipes | {f"{recipe.name} symmetric": recipe.without_zero_points() for recipe in (PAPER, BEST, LEARNED)}
 
 
