@@ -22,6 +22,7 @@ def learn(student: Student, state: Path) -> None:
         InputError: there is not the memory for a step, or `state` holds another computation's.
         Stopped: SIGINT or SIGTERM came, and the state is saved.
     """
+    images = min(BATCH, len(student.images))
     begun_with = [*student.model.parameters(), *student.tensors.values(), student.images]
     with stop_requests() as stop, progress_bar(total=student.total, desc="learning", unit="step") as bar:
         optimisation = Optimisation(
@@ -33,7 +34,7 @@ def learn(student: Student, state: Path) -> None:
             random=student.random,
             file=state / f"learning-{rank()}.safetensors",
             identity={"model and images": digest(begun_with)},
-            out_of_memory=lambda: f"for a step of learning, of {BATCH} images; a smaller --calib-batchsize takes less",
+            out_of_memory=lambda: f"for a step of learning, of {images} images; a smaller --calib-batchsize takes less",
         )
         bar.update(optimisation.done)
         optimisation.run(bar, stop)
