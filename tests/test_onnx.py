@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
 
-from quant import calibrate, quantize_model
+from quant import calibrate, operators, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
@@ -17,6 +17,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from quant.onnx import to_onnx  # noqa: E402
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=[True, False], ids=["wide", "narrow"])
+def wide(request, monkeypatch):
+    """Whether a model counts as wide."""
+    monkeypatch.setattr(operators, "WIDE", 0 if request.param else 1000)
+    return request.param
 
 
 def quantized(model, w_bit=8, a_bit=8, skip=(), recipe=PAPER):
@@ -56,7 +63,7 @@ def check(model, w_bit, a_bit, skip=(), int4=False, recipe=PAPER):
     [(8, 8, PAPER), (4, 4, PAPER), (4, 8, INPUTS), (8, 6, INPUTS)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit, recipe):
+def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit, recipe, wide):
     check(model, w_bit, a_bit, recipe=recipe)
 
 
@@ -103,9 +110,9 @@ def test_products_run_in_integers(model, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [INPUTS, BEST.without_zero_points()], ids=lambda recipe: recipe.name)
-def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path, recipe):
+def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tmp_path, recipe, wide):
     blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
-    each = 8 if recipe is INPUTS else 6  # qkv, as three or one; scores, context, proj, fc1, fc2
+    each = 8 if wide and recipe is INPUTS else 6  # qkv, as three or one; scores, context, proj, fc1, fc2
     products = each * blocks + 2 + hasattr(model, "layers")  # both ends; one merging
     run(to_onnx(quantized(model, recipe=recipe)), IMAGES[:1], tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
@@ -113,19 +120,20 @@ def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tm
     assert "MatMul" not in operators and "Gemm" not in operators
 
 
-def test_heads_are_moved_in_integers_and_windows_in_float(model):
+def test_heads_are_moved_in_integers_and_windows_in_float(model, wide):
     """What a runtime moves faster."""
     graph = onnx.shape_inference.infer_shapes(to_onnx(quantized(model, recipe=INPUTS))).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     moved = Counter(types[node.output[0]] for node in graph.node if node.op_type == "Transpose")
     attentions = sum(name.endswith("attn") for name, _ in model.named_modules())
-    assert moved[onnx.TensorProto.INT8] == 2 * attentions  # keys and values
+    assert moved[onnx.TensorProto.INT8] == 2 * attentions * wide  # keys and values
     assert moved[onnx.TensorProto.UINT8] == (attentions if hasattr(model, "blocks") else 0)  # contexts
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path):
+def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path, monkeypatch):
     """Keys and values, too, as weights are: ONNX Runtime does the same of uint8 by uint8 more slowly."""
+    monkeypatch.setattr(operators, "WIDE", 0)
     for attention in [module for name, module in model.named_modules() if name.endswith("attn")]:
         attention.qkv.bias = attention.qkv.bias if qkv_bias else None
     run(check(model, 8, 8, recipe=INPUTS), IMAGES[:1], tmp_path / "optimized.onnx")
