@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from quant import calibrate, quantize_model
+from quant import calibrate, operators, quantize_model
 from quant.modules import named_activations
 from quant.operators import OnnxAct, dequantize, prepare, quantize
 from quant.quantizers import fake_quantize_, unsigned_grid
+from quant.recipes import INPUTS
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -47,3 +48,16 @@ def test_model_is_left_as_it_is(model):
     assert all(torch.equal(value, before[name]) for name, value in simulated.state_dict().items())
     assert torch.equal(simulated(IMAGES), logits)
     assert all(act.zero_point.dtype == torch.float32 for _, act in named_activations(simulated))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [0, 1000], ids=["wide", "narrow"])
+def test_queries_keys_and_values_are_those_of_the_simulation(vit, width, monkeypatch):
+    monkeypatch.setattr(operators, "WIDE", width)
+    simulated = calibrate(quantize_model(vit, recipe=INPUTS), IMAGES).blocks[0].attn
+    prepared = prepare(vit).blocks[0].attn
+    x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(2))
+    expected = simulated.split_heads(x)
+    factors = simulated.scale, 1.0, 1.0  # 1 / sqrt(d) is in the scale of the queries
+    for part, other, factor in zip(prepared.split_heads(x), expected, factors, strict=True):
+        assert (part - other * factor).abs().mean() < 1e-3 * other.abs().mean() * factor
