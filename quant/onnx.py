@@ -62,18 +62,30 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
     skip_empty_pads(graph.graph)
     if int4:
         layers = [name for name, layer in quantized_weights(prepared) if layer.w_bit <= 4]
-        narrow_to_int4(graph.graph, {f"{name}.{part}" for name in layers for part in ("weight", "weight_zero_point")})
+        narrow_to_int4(graph.graph, {f"{name}.weight" for name in layers})
     return graph
 
 
 def narrow_to_int4(graph: "GraphProto", names: set[str]) -> None:
-    """Store the int8 tensors of these names as INT4, two values to a byte."""
+    """Store the weights of these names, and their zero points, as INT4, two values to a byte.
+
+    Layers of one width share a zero point, also where one has 8 bits.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     int4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
-    for tensor in graph.initializer:
-        if tensor.name in names:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(int4), tensor.name))
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in names]:
+        for place in (0, 2):
+            name = f"{node.input[place]}.int4" if place else node.input[place]
+            narrow = numpy_helper.from_array(numpy_helper.to_array(tensors[node.input[place]]).astype(int4), name)
+            if name not in tensors:
+                tensors[name] = graph.initializer.add()
+            tensors[name].CopyFrom(narrow)
+            node.input[place] = name
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def skip_empty_pads(graph: "GraphProto") -> None:

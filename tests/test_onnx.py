@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
 
-from quant import calibrate, operators, quantize_model
+from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
@@ -22,7 +22,7 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(params=[True, False], ids=["wide", "narrow"])
 def wide(request, monkeypatch):
     """Whether a model counts as wide."""
-    monkeypatch.setattr(operators, "WIDE", 0 if request.param else 1000)
+    monkeypatch.setattr("quant.operators.WIDE", 0 if request.param else 1000)
     return request.param
 
 
@@ -133,7 +133,7 @@ def test_heads_are_moved_in_integers_and_windows_in_float(model, wide):
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path, monkeypatch):
     """Keys and values, too, as weights are: ONNX Runtime does the same of uint8 by uint8 more slowly."""
-    monkeypatch.setattr(operators, "WIDE", 0)
+    monkeypatch.setattr("quant.operators.WIDE", 0)
     for attention in [module for name, module in model.named_modules() if name.endswith("attn")]:
         attention.qkv.bias = attention.qkv.bias if qkv_bias else None
     run(check(model, 8, 8, recipe=INPUTS), IMAGES[:1], tmp_path / "optimized.onnx")
@@ -149,9 +149,10 @@ def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path, monkeypatch):
     assert not {"MatMul", "Gemm", "DequantizeLinear"} & {node.op_type for node in graph.node}
 
 
-def test_queries_keys_and_values_of_one_scale_are_taken_apart_along_the_first_dimension(model):
+@pytest.mark.parametrize("recipe", [PAPER, INPUTS], ids=lambda recipe: recipe.name)
+def test_queries_keys_and_values_of_one_product_are_taken_apart_along_the_first_dimension(model, recipe):
     """Which OpenVINO does in place: it copies to split along another."""
-    operators = Counter(node.op_type for node in to_onnx(quantized(model)).graph.node)
+    operators = Counter(node.op_type for node in to_onnx(quantized(model, recipe=recipe)).graph.node)
     attentions = [name for name, _ in model.named_modules() if name.endswith("attn")]
     assert operators["Squeeze"] == 3 * len(attentions) and not operators["Split"]
 
@@ -171,6 +172,17 @@ def test_int4_weights_take_half_the_space(vit):
         for graph in (wide, narrow)
     ]
     assert sizes == [48 * 192, 48 * 192 // 2]
+
+
+def test_int4_weights_are_those_of_split_layers_too(vit, monkeypatch):
+    """Beside 8-bit ones of the same width, whose zero points they share."""
+    monkeypatch.setattr("quant.operators.WIDE", 0)
+    model = to_onnx(quantized(vit, 4, 8, recipe=INPUTS), int4=True)
+    onnx.checker.check_model(model, full_check=True)
+    graph = model.graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    parts = [types[f"blocks.{block}.attn.qkv.{part}.weight"] for block in range(2) for part in range(3)]
+    assert set(parts) == {onnx.TensorProto.INT4}
 
 
 def test_windows_that_need_padding_still_compute_the_same():
