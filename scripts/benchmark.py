@@ -11,7 +11,8 @@ step           one whole step of image generation
 transcription  a step with the formulas as one would write them down first (tests/oracle.py), all gradients on
 peak memory    of each of the first two, in a process of its own: resident on a CPU, allocated on a GPU
 evaluation     images a second of the float model, and of the quantized one, whose products are float32's
-generation     with --steps: seconds for a batch from the first step to the last, compilation in it, and for one more
+generation     with --steps: seconds for a batch from the first step to the last, and for one more, in a process of its
+               own that finds nothing compiled before
 
 On a CPU the bare model, too, keeps the memory that it frees, as generation does.
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription of all precisions
@@ -21,9 +22,11 @@ take turns, so that a slow minute of the machine is every one's, and ratios are 
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
@@ -77,13 +80,13 @@ def main() -> None:
     add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
     add("--steps", type=positive, metavar="N", help="time the generation of two batches, 2 x N steps each (do not)")
     add("--json", type=Path, metavar="FILE", help="write the figures there, in place of older ones of the same case")
-    add("--peak", choices=["bare", "step"], help=argparse.SUPPRESS)  # measure the memory of one, in this process
+    add("--alone", choices=ALONE, help=argparse.SUPPRESS)  # measure this and nothing else, in this process
     options = parser.parse_args()
     device = pick_device(options.device)
     if options.json:
         check_writable(options.json.parent)
-    if options.peak:
-        print(peak_memory(of_precision(options, options.precision[0]), device))
+    if options.alone:
+        print(json.dumps(ALONE[options.alone](of_precision(options, options.precision[0]), device)))
         return
     print(device_name(device), json.dumps(versions()), flush=True)
     for name in options.model:
@@ -147,8 +150,8 @@ def row_of(name: str, times: dict, throughput: dict, options: argparse.Namespace
     here = {kind: values for (precision, kind), values in times.items() if precision == options.precision}
     seconds = {kind: statistics.median(values) for kind, values in here.items()}
     bare, step, transcription = seconds["bare"], seconds["step"], seconds.get("transcription")
-    peaks = {kind: peak_in_process(kind, name, options) for kind in ("bare", "step")}
-    cold, warm = generation(name, options, device) if options.steps else (None, None)
+    peaks = {kind: in_own_process(kind, name, options) for kind in ("bare", "step")}
+    cold, warm = in_own_process("generation", name, options) if options.steps else (None, None)
     return {
         "model": name,
         "device": device_name(device),
@@ -268,11 +271,22 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     return {kind: size / statistics.median(values) for kind, values in seconds.items()}
 
 
-def generation(name: str, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+def in_own_process(what: str, name: str, options: argparse.Namespace) -> float | list[float]:
+    """What a function of ALONE measures of a model in a fresh process; for generation it has no compiled code yet."""
+    command = [sys.executable, __file__, "--alone", what, "--model", name, "--batch", str(options.batch)]
+    command += ["--precision", options.precision, *(["--device", options.device] if options.device else [])]
+    command += ["--steps", str(options.steps)] if options.steps else []
+    command += ["--compile"] if options.compile else []
+    with tempfile.TemporaryDirectory() as cache:
+        cold = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache} if what == "generation" else {}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | cold)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def generation(options: argparse.Namespace, device: torch.device) -> list[float]:
     """Seconds for all steps of a batch, what is compiled included, and of a second one."""
-    torch.compiler.reset()
     torch.manual_seed(0)
-    model, seconds = build_model(name, pretrained=False).to(device), []
+    model, seconds = build_model(options.model[0], pretrained=False).to(device), []
     with frozen(model), float32_products(tf32=options.precision == "tf32"), ExitStack() as contexts:
         terms, total = step_terms(model, options, contexts), 2 * options.steps
         for _ in range(2):
@@ -282,23 +296,14 @@ def generation(name: str, options: argparse.Namespace, device: torch.device) -> 
             with progress_bar(total=total, desc="generating", unit="step") as bar:
                 Optimisation(batch.step, TERMS, total, **kept).run(bar, lambda: None)
             seconds.append(time.perf_counter() - start)
-    return tuple(seconds)
+    return seconds
 
 
-def peak_in_process(kind: str, name: str, options: argparse.Namespace) -> float:
-    """Peak memory of a kind of step in MB, measured in a fresh process."""
-    command = [sys.executable, __file__, "--peak", kind, "--model", name, "--batch", str(options.batch)]
-    command += ["--precision", options.precision, *(["--device", options.device] if options.device else [])]
-    command += ["--compile"] if options.compile else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def peak_memory(options: argparse.Namespace, device: torch.device) -> float:
-    """What three steps add to the memory of this process, at most, in MB."""
+def peak_memory(kind: str, options: argparse.Namespace, device: torch.device) -> float:
+    """What three steps of a kind add to the memory of this process, at most, in MB."""
 
     with freed_memory_kept(), ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
-        step = step_of(options.peak, options.model[0], options, device, contexts)
+        step = step_of(kind, options.model[0], options, device, contexts)
         before = 0.0
         if device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # hands back what a trial of the compiled step has left
@@ -320,6 +325,9 @@ def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
+
+# What is measured in a process of its own, which holds nothing else
+ALONE = {kind: partial(peak_memory, kind) for kind in ("bare", "step")} | {"generation": generation}
 
 if __name__ == "__main__":
     exit_cleanly(main)

@@ -224,8 +224,8 @@ def test_default_precision_is_bfloat16():
 
 
 def test_deterministic_runs_give_the_same_bytes(tmp_path):
-    """Compiled, in bfloat16, as is the default here; in processes of their own."""
-    line = ["--model", "demo_vit", "--num-images", "4", "--steps", "20", "--deterministic", "--output"]
+    """Compiled, in bfloat16; in processes of their own."""
+    line = ["--model", "demo_vit", "--num-images", "4", "--steps", "20", "--deterministic", "--compile", "--output"]
     files = [tmp_path / f"{name}.safetensors" for name in "ab"]
     processes = [
         subprocess.Popen([sys.executable, "generate_data.py", *line, str(file)], cwd=ROOT, stderr=subprocess.PIPE)
