@@ -33,7 +33,7 @@ from quant import RECIPES, activation_ranges, calibrate, quantize_model
 from utils import report
 from utils.cache import check_cache
 from utils.data import Images, draw_images, open_data
-from utils.evaluate import compare, fuse_rounding, measure
+from utils.evaluate import compare, measure
 from utils.images import draw_noise, load_images, save_images
 from utils.learning import learn
 from utils.options import check_run, parse_run
@@ -72,8 +72,6 @@ def quantize_and_evaluate(
     leave_files(options, model, quantized, images, record)
     write_models(quantized, model, options.model, options.save, options.export_onnx, options.onnx_int4)
     with record.stage("evaluate"), float32_products():
-        if settings.compile:
-            fuse_rounding(quantized)
         if "val" in data:
             measured = measure({"float": model, "quantized": quantized}, data, *loading)
         else:
@@ -101,8 +99,6 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     if not dataset:
         return header
     with record.stage("evaluate"), float32_products():
-        if generation_settings(options, device, model).compile:
-            fuse_rounding(model.to(device))
         loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
         measured = measure({"quantized": model.to(device)}, data, *loading)
     results = report.collect_saved(header, measured) | record.provenance(device, vars(options))

@@ -221,12 +221,6 @@ def observing(model: nn.Module) -> Iterator[None]:
             act.observing = False
 
 
-def fuse_activations(model: nn.Module, kernel: Callable[..., Tensor]) -> None:
-    """Have every activation quantizer round with `kernel`, a compiled `fake_quantize_`: one pass instead of six."""
-    for _, act in modules.named_activations(model):
-        act.kernel = kernel
-
-
 def activation_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
     """The calibrated [low, high] of every activation quantizer, by name."""
     ranges = {name: torch.stack([act.low, act.high]) for name, act in modules.named_activations(model)}

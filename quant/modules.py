@@ -33,7 +33,7 @@ class QuantAct(nn.Module):
     cost more than the rounding. What is somebody else's, such as a parameter, is to be cloned first.
     """
 
-    kernel = staticmethod(fake_quantize_)  # or that compiled, see quant.fuse_activations
+    kernel = staticmethod(fake_quantize_)  # or, while a model learns, the one of quant.learning
 
     def __init__(self, bits: int, symmetric: bool = False) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class QuantAct(nn.Module):
             self.observe(x)
         if self.scale is None:
             return x
-        flat = x.reshape(-1)  # so that one compiled kernel serves tensors of any rank
-        if flat.requires_grad and torch.is_grad_enabled():
-            flat = flat.clone()  # autograd may keep what the layer gave, as it does of softmax
-        return self.kernel(flat, self.scale, self.zero_point, self.grid).view(x.shape)
+        x = x.contiguous()  # what is a view, as queries are of qkv, is faster copied than passed over with strides
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.clone()  # autograd may keep what the layer gave, as it does of softmax
+        return self.kernel(x, self.scale, self.zero_point, self.grid)
 
     @property
     def grid(self) -> tuple[int, int]:

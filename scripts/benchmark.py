@@ -47,7 +47,6 @@ from models import build_model
 from quant import calibrate, quantize_model
 from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen, model_attention
-from utils.evaluate import fuse_rounding
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH
 from utils.run.compilation import REPEATED, compiled_when_called
@@ -75,7 +74,7 @@ def main() -> None:
     add("--device", metavar="NAME", help="cuda, cpu (cuda if there is one, else cpu)")
     what = "of the models' products in a step, side by side (fp32 bf16)"
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"], help=what)
-    add("--compile", action="store_true", help="compile bare model, step, and rounding in evaluation (eager)")
+    add("--compile", action="store_true", help="compile bare model and step (eager)")
     add("--rounds", type=positive, default=11, metavar="N", help="timings of each, after two to warm up (11)")
     add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
     add("--steps", type=positive, metavar="N", help="time the generation of two batches, 2 x N steps each (do not)")
@@ -258,8 +257,6 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     size = options.eval_batch or (CPU_BATCH if device.type == "cpu" else 200)
     images = torch.randn(size, 3, *model.patch_embed.img_size, device=device)
     quantized = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
-    if options.compile:
-        fuse_rounding(quantized)
 
     @torch.inference_mode()
     def forward(model: nn.Module, precision: str) -> None:

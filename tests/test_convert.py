@@ -1,5 +1,4 @@
 import copy
-import shutil
 
 import pytest
 import timm
@@ -14,12 +13,10 @@ from quant import (
     calibrate,
     check_calibrated,
     check_supported,
-    fuse_activations,
     quantize_model,
     quantizer_bits,
 )
 from quant.modules import QuantizedWeight
-from utils.evaluate import fused_rounding
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 
@@ -67,21 +64,6 @@ def test_a_quantized_model_still_has_a_gradient(model):
     calibrate(quantize_model(model), images)
     model(images).sum().backward()
     assert model.head.bias.grad.isfinite().all() if hasattr(model.head, "bias") else model.head.fc.bias.grad is not None
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_fused_rounding_gives_the_same_bits(model, capsys):
-    """For more models than torch.compile keeps variants of one function, with and without autograd."""
-    kernel = fused_rounding(torch.device("cpu"))
-    for number in range(9):
-        images = torch.randn(2 + number, 3, 32, 32)
-        quantized = calibrate(quantize_model(copy.deepcopy(model), 4, 2 + number % 7), images)
-        fused = copy.deepcopy(quantized)
-        fuse_activations(fused, kernel)
-        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
-            with mode():
-                assert torch.equal(fused(images), quantized(images))
-    assert not capsys.readouterr().err  # nor does it go on without being compiled
 
 
 @torch.no_grad()

@@ -20,13 +20,12 @@ import test_quant
 from generate_data import GenerationSettings, generate_data
 from models import build_model
 from models.saved import load_quantized, save_quantized
-from quant import calibrate, fuse_activations, quantize_model
+from quant import calibrate, quantize_model
 from quant.convert import fit
 from quant.learning import Student
 from quant.quantizers import asymmetric_scale, fake_quantize_, quantize_weight, unsigned_grid
 from quant.recipes import BEST, LEARNED, PAPER
 from utils.entropy import patch_similarity_entropy
-from utils.evaluate import fused_rounding
 from utils.learning import learn
 from utils.losses import total_variation
 from utils.options import parse_generation, parse_run
@@ -179,18 +178,6 @@ def test_without_memory_a_line_says_how_many_images_fit():
             generate_data(model, 32, settings=QUICK, progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@torch.no_grad()
-def test_fused_rounding_gives_the_same_bits(model, capfd):
-    kernel = fused_rounding(torch.device("cuda"))
-    for bits in (3, 8):
-        images = torch.randn(4, 3, 32, 32, device="cuda")
-        quantized = calibrate(quantize_model(copy.deepcopy(model).cuda(), 4, bits), images)
-        fused = copy.deepcopy(quantized)
-        fuse_activations(fused, kernel)
-        assert torch.equal(fused(images), quantized(images))
-    assert "going on without it" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", [PAPER, BEST], ids=lambda recipe: recipe.name)

@@ -1,21 +1,19 @@
 """Accuracy of a float and a quantized model on the same images, in one pass."""
 
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from quant import check_calibrated, fuse_activations
-from quant.quantizers import fake_quantize_
+from quant import check_calibrated
 from utils.cache import validation_loader
 from utils.data import UNREADABLE, Images
 from utils.loader import image_loader
 from utils.neighbours import compare_embeddings, neighbour_accuracy
 from utils.outputs import CPU_BATCH, halved, in_parts, outputs_of
-from utils.run.compilation import compiled
 from utils.run.distributed import gather
 from utils.run.memory import is_out_of_memory
 from utils.run.progress import note, progress_bar
@@ -134,25 +132,6 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
-
-
-def fuse_rounding(model: nn.Module) -> None:
-    """Have the activations of a calibrated model rounded in one pass instead of six, to the same bits; compiles."""
-    fuse_activations(model, fused_rounding(next(model.parameters()).device))
-
-
-@cache  # for all models of a process, as torch.compile keeps but a few variants of a function
-def fused_rounding(device: torch.device) -> Callable[..., Tensor]:
-    """quant.quantizers.fake_quantize_ in one pass instead of six, to the same bits; it has no gradient."""
-    scale, zero_point = torch.ones((), device=device), torch.zeros((), device=device)
-    exact = {"eager_numerics.division_rounding": True}  # on a GPU division would be off by a bit
-
-    @torch.inference_mode()
-    def trial(kernel: Callable[..., Tensor]) -> Tensor:
-        return kernel(torch.ones(8, device=device), scale, zero_point, (0, 255))
-
-    fast = compiled(fake_quantize_, trial, dynamic=True, options=exact)
-    return lambda x, *grid: fast(x.data, *grid)  # data: what x may be a view of would make a variant of each shape
 
 
 def _batches(images: DataLoader) -> Iterator[list[Tensor]]:

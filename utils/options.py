@@ -182,8 +182,8 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="generate, and round activations, with torch.compile: half a minute that pays on GPUs, where small "
-        "kernels wait for their launch, if the model is large; on a cpu it gained nothing (on cuda, for models from "
+        help="generate with torch.compile: half a minute that pays on GPUs, where small kernels wait for their launch, "
+        "if the model is large; on a cpu it gained nothing (on cuda, for models from "
         f"{LARGE // 10**6} million parameters)",
     )
     add(

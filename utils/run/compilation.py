@@ -12,15 +12,14 @@ from utils.run.progress import note
 REPEATED = {"dynamic": False, "mode": "reduce-overhead"}
 
 
-def compiled(function: Callable, trial: Callable[[Callable], object], **options: Any) -> Callable:
+def compiled(function: Callable, trial: Callable[[Callable], object]) -> Callable:
     """`function` compiled, if `trial` goes well; else `function` itself, which then runs as it is.
 
     Args:
         trial: calls the function that it is given as it will be called, backward pass and all.
-        options: of torch.compile.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of there being no CUDA
-    fast = torch.compile(function, fullgraph=True, **options)
+    fast = torch.compile(function, fullgraph=True, **REPEATED)
     try:
         for _ in range(3):  # the second call records CUDA graphs, the third is the first to replay them
             trial(fast)
@@ -45,7 +44,7 @@ def compiled_when_called(function: Callable, trial: Callable, begin: Callable[[]
     def call(*arguments: Any) -> Any:
         if not fast:
             begin()
-            fast.append(compiled(function, lambda candidate: trial(candidate, *arguments), **REPEATED))
+            fast.append(compiled(function, lambda candidate: trial(candidate, *arguments)))
         return fast[0](*arguments)
 
     return call
