@@ -27,6 +27,21 @@ def benchmark_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def benchmark_gpu_table(rows: list[dict]) -> str:
+    """The same of a GPU: steps eager and compiled, and images a second of the float model and of the simulation."""
+    lines = ["| model | precision | mode | bare ms | step ms | step / float32 bare | step / bare | bare MB | step MB "]
+    lines[0] += "| float, images/s | simulated W8/A8, images/s |"
+    lines.append("|---" * 11 + "|")
+    for row in rows:
+        cells = [row["model"], row["precision"], row["mode"], f"{row['bare_ms']:.1f}", f"{row['step_ms']:.1f}"]
+        cells += [f"{row['step_over_float32']:.2f}", f"{row['step_over_bare']:.2f}"]
+        cells += [f"{row[key]:.0f}" for key in ("bare_peak_mb", "peak_mb", "float_images_per_s", "quant_images_per_s")]
+        lines.append(f"| {' | '.join(cells)} |")
+    about, packages = rows[0], rows[0]["versions"]
+    where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
+    return "\n".join([*lines, "", f"Batch {about['batch']}; {where}."])
+
+
 def evaluation_table(rows: list[dict]) -> str:
     """Images a second by what computes them, and the minutes that ImageNet's validation images take at these rates."""
     lines = [
