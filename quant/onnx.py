@@ -63,6 +63,7 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
     if int4:
         layers = [name for name, layer in quantized_weights(prepared) if layer.w_bit <= 4]
         narrow_to_int4(graph.graph, {f"{name}.weight" for name in layers})
+        make_activations_unsigned(graph.graph)
     return graph
 
 
@@ -86,6 +87,29 @@ def narrow_to_int4(graph: "GraphProto", names: set[str]) -> None:
     used = {name for node in graph.node for name in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def make_activations_unsigned(graph: "GraphProto") -> None:
+    """Turn int8 activations into uint8 ones of a zero point 128 larger, the same numbers, unless all of them are int8.
+
+    ONNX Runtime does so itself, but gives what it moves an explicit type, from opset 21 on, that it forgets to change:
+    1.32 refuses the file. Where no activation has a zero point, for TensorRT, which takes none, it stays so.
+    """
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    names = {node.input[2] for node in nodes if node.input[0] not in tensors}
+    zero_points = {name: numpy_helper.to_array(tensors[name]) for name in names}
+    signed = {name: value for name, value in zero_points.items() if value.dtype == "int8"}
+    if signed.keys() == names:
+        return
+    for name, value in signed.items():
+        unsigned = (value.astype("int16") + 128).astype("uint8")
+        graph.initializer.append(numpy_helper.from_array(unsigned, f"{name}.unsigned"))
+    for node in nodes:
+        if node.input[0] not in tensors and node.input[2] in signed:
+            node.input[2] += ".unsigned"
 
 
 def skip_empty_pads(graph: "GraphProto") -> None:

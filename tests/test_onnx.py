@@ -177,12 +177,22 @@ def test_int4_weights_take_half_the_space(vit):
 def test_int4_weights_are_those_of_split_layers_too(vit, monkeypatch):
     """Beside 8-bit ones of the same width, whose zero points they share."""
     monkeypatch.setattr("quant.operators.WIDE", 0)
-    model = to_onnx(quantized(vit, 4, 8, recipe=INPUTS), int4=True)
-    onnx.checker.check_model(model, full_check=True)
-    graph = model.graph
+    graph = check(vit, 4, 8, int4=True, recipe=INPUTS).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     parts = [types[f"blocks.{block}.attn.qkv.{part}.weight"] for block in range(2) for part in range(3)]
     assert set(parts) == {onnx.TensorProto.INT4}
+
+
+def test_int4_weights_beside_activations_without_zero_points(model, wide):
+    """ONNX Runtime has refused int8 activations in a file that has INT4."""
+    check(model, 4, 8, int4=True, recipe=INPUTS)
+
+
+def test_a_symmetric_graph_has_no_zero_point_with_int4_either(vit):
+    graph = to_onnx(quantized(vit, 4, 8, recipe=INPUTS.without_zero_points()), int4=True).graph
+    zero_points = {node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"}
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert zero_points and all(tensors[name] == 0 and tensors[name].dtype == "int8" for name in zero_points)
 
 
 def test_windows_that_need_padding_still_compute_the_same():
