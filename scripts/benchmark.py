@@ -131,7 +131,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
     with freed_memory_kept(), ExitStack() as contexts:
         steps = {}
         for precision, kind in dict.fromkeys(wanted):
-            step = step_of(kind, name, of_precision(options, precision), device, contexts)
+            step = step_of(kind, random_model(name, device), of_precision(options, precision), contexts)
             steps[precision, kind] = partial(with_products, step, precision)
         times = take_turns(steps, options.rounds, device)
     throughput = evaluation(name, options, device)
@@ -181,12 +181,14 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def step_of(
-    kind: str, name: str, options: argparse.Namespace, device: torch.device, contexts: ExitStack
-) -> Callable[[], object]:
-    """The function that does one step of a kind, bare, step or transcription, as long as `contexts` are open."""
+def random_model(name: str, device: torch.device) -> nn.Module:
+    """A model with the same random weights in each run."""
     torch.manual_seed(0)
-    model = build_model(name, pretrained=False).to(device)
+    return build_model(name, pretrained=False).to(device)
+
+
+def step_of(kind: str, model: nn.Module, options: argparse.Namespace, contexts: ExitStack) -> Callable[[], object]:
+    """The function that does one step of a kind, bare, step or transcription, as long as `contexts` are open."""
     if kind == "transcription":
         batch = new_batch(model, loss_terms(model, [], options.precision), options)
         return lambda: transcribed_step(model, batch, options.precision)
@@ -252,8 +254,7 @@ def take_turns(steps: dict[Hashable, Callable], rounds: int, device: torch.devic
 
 def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Images a second of the float model in each precision, and of the quantized model (W8/A8), in float32."""
-    torch.manual_seed(0)
-    model = build_model(name, pretrained=False).to(device)
+    model = random_model(name, device)
     size = options.eval_batch or (CPU_BATCH if device.type == "cpu" else 200)
     images = torch.randn(size, 3, *model.patch_embed.img_size, device=device)
     quantized = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
@@ -282,8 +283,7 @@ def in_own_process(what: str, name: str, options: argparse.Namespace) -> float |
 
 def generation(options: argparse.Namespace, device: torch.device) -> list[float]:
     """Seconds for all steps of a batch, what is compiled included, and of a second one."""
-    torch.manual_seed(0)
-    model, seconds = build_model(options.model[0], pretrained=False).to(device), []
+    model, seconds = random_model(options.model[0], device), []
     with frozen(model), float32_products(tf32=options.precision == "tf32"), ExitStack() as contexts:
         terms, total = step_terms(model, options, contexts), 2 * options.steps
         for _ in range(2):
@@ -297,15 +297,14 @@ def generation(options: argparse.Namespace, device: torch.device) -> list[float]
 
 
 def peak_memory(kind: str, options: argparse.Namespace, device: torch.device) -> float:
-    """What three steps of a kind add to the memory of this process, at most, in MB."""
-
+    """What three steps of a kind add to the memory of a process that holds the model, at most, in MB."""
+    model, before = random_model(options.model[0], device), 0.0
     with freed_memory_kept(), ExitStack() as contexts, float32_products(tf32=options.precision == "tf32"):
-        step = step_of(kind, options.model[0], options, device, contexts)
-        before = 0.0
         if device.type == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)  # hands back what a trial of the compiled step has left
+            ctypes.CDLL(None).malloc_trim(0)  # hands back what building has left
             Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts anew from VmRSS
             before = resident("VmRSS")
+        step = step_of(kind, model, options, contexts)
         for _ in range(3):
             step()
         return resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e6
