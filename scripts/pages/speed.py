@@ -1,8 +1,7 @@
 """Tables of speed and memory, and of where the seconds of whole runs go."""
 
-import json
-
-from scripts.pages.cells import RESULTS, all_of, computed_with
+from scripts.pages.cells import all_of, computed_with
+from scripts.pages.onnx import onnx_rates
 
 # Of scripts/benchmark.py: a step in bf16 to the bare float32 model's, eager, on a CPU that multiplies bfloat16 itself
 GOALS = {"deit_tiny": 0.62, "deit_small": 0.47, "deit_base": 0.40, "swin_tiny": 0.38}
@@ -10,15 +9,13 @@ GOALS = {"deit_tiny": 0.62, "deit_small": 0.47, "deit_base": 0.40, "swin_tiny": 
 
 def benchmark_table(rows: list[dict]) -> str:
     """What a step of generation takes in each precision, and evaluation, from what scripts/benchmark.py has written."""
-    lines = ["| model | precision | bare ms | step ms | step / float32 bare | goal | step / bare | naive ms | bare MB "]
-    lines[0] += "| step MB |"
-    lines.append("|---" * 10 + "|")
+    lines = ["| model | precision | bare ms | step ms | step / float32 bare | goal | step / bare | bare MB | step MB |"]
+    lines.append("|---" * 9 + "|")
     for row in rows:
         goal = f"{GOALS[row['model']]:.2f}" if row["precision"] == "bf16" and row["model"] in GOALS else ""
-        naive = f"{row['transcription_ms']:.0f}" if row["transcription_ms"] else ""
         lines.append(
             f"| {row['model']} | {row['precision']} | {row['bare_ms']:.0f} | {row['step_ms']:.0f} "
-            f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} | {naive} "
+            f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} "
             f"| {row['bare_peak_mb']:.0f} | {row['peak_mb']:.0f} |"
         )
     about, packages = rows[0], rows[0]["versions"]
@@ -58,15 +55,6 @@ def evaluation_table(rows: list[dict]) -> str:
             cells.append(f"{sum(50000 / rate for rate in some) / 60:.0f} min" if all(some) else "-")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def onnx_rates(model: str) -> list[float | None]:
-    """Images a second of the float and the int8 model in ONNX Runtime at batch 8, from scripts/evaluate_onnx.py."""
-    path = RESULTS / "onnx" / f"{model}.json"
-    if not path.exists():
-        return [None, None]
-    latency = json.loads(path.read_text())["latency_ms"]["8"]
-    return [8000 / latency[kind] for kind in ("float", "onnx")]
 
 
 def whole_runs_table(rows: list[dict[str, str]]) -> str:

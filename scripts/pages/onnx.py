@@ -1,0 +1,52 @@
+"""The table of exported files, and how fast they are evaluated, from what scripts/evaluate_onnx.py has written."""
+
+import json
+import re
+from pathlib import Path
+
+from scripts.pages.cells import RESULTS, spread
+
+
+def read_files(path: Path) -> list[dict]:
+    """The rows of the folder onnx, a file each, beside the CSV files."""
+    return [json.loads(file.read_text()) for file in sorted(path.with_suffix("").glob("*.json"))]
+
+
+def onnx_table(rows: list[dict]) -> str:
+    """Size, kinds of products, and what an exported file predicts beside the simulation, over the seeds."""
+    lines = ["| model | MB: integers / float | products in integers, in float | top-1: ONNX | simulated | float "]
+    lines[0] += "| same prediction as simulated, % |"
+    lines.append("|---" * 7 + "|")
+    rows = [row for row in rows if "top1" in row]  # the others have random weights
+    for name in dict.fromkeys(name_of(row) for row in rows):
+        some = [row for row in rows if name_of(row) == name]
+        integers, floats = (some[0]["bytes"][kind] / 1e6 for kind in ("onnx", "float"))
+        products = [str(sum(some[0]["products"][kind].values())) for kind in ("integer", "float")]
+        top1 = [spread([row["top1"][kind] for row in some]) for kind in ("onnx", "simulated")]
+        same = spread([row["same_as_onnx"]["simulated"] for row in some])
+        cells = [
+            name,
+            f"{integers:.2f} / {floats:.2f}",
+            ", ".join(products),
+            *top1,
+            f"{some[0]['top1']['float']:.2f}",
+            same,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    n, packages = rows[0]["n"], rows[0]["versions"]
+    versions = ", ".join(f"{key} {packages[key]}" for key in ("onnxruntime", "torch", "timm"))
+    return "\n".join([*lines, "", f"n = {n}, mean and standard deviation of 3 seeds; {versions}."])
+
+
+def name_of(row: dict) -> str:
+    """The model, and the bits of its weights, which are in the name of its file: demo_vit_w8_seed1.onnx."""
+    return f"{row['model']} W{re.search(r'_w(\d)', row['file'])[1]}"
+
+
+def onnx_rates(model: str) -> list[float | None]:
+    """Images a second of the float and the int8 model in ONNX Runtime at batch 8."""
+    path = RESULTS / "onnx" / f"{model}.json"
+    if not path.exists():
+        return [None, None]
+    latency = json.loads(path.read_text())["latency_ms"]["8"]
+    return [8000 / latency[kind] for kind in ("float", "onnx")]
