@@ -33,6 +33,7 @@ from models import DATASETS, build_model
 from models.saved import export_onnx, load_quantized, read_onnx_header, require_onnx
 from quant import calibrate, quantize_model
 from quant.onnx import INPUT
+from quant.recipes import INPUTS
 from utils.data import UNREADABLE, validation_images
 from utils.evaluate import count_correct
 from utils.loader import image_loader
@@ -197,12 +198,12 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
 
 
 def export_random(name: str, folder: Path) -> Path:
-    """Export a model with random weights at W8/A8, calibrated on noise, and the same in float."""
+    """Export a model with random weights at W8/A8, the graph of `best`, calibrated on noise, and the same in float."""
     model = build_model(name, pretrained=False)
     path = folder / f"{name}.onnx"
     export_onnx(path.with_suffix(".float.onnx"), model, name)
     images = torch.randn(2, 3, *model.patch_embed.img_size)
-    export_onnx(path, calibrate(quantize_model(model), images), name)
+    export_onnx(path, calibrate(quantize_model(model, recipe=INPUTS), images), name)
     return path
 
 

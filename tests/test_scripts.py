@@ -15,6 +15,7 @@ import torch
 
 from quant import quantize_model, quantizer_bits
 from scripts import benchmark, file_sizes, rows, sensitivity, tables, whole_runs
+from scripts.pages import onnx
 from scripts.pages.accuracy import paper_table
 from scripts.pages.cells import cell, read_csv
 from scripts.pages.speed import benchmark_table, evaluation_table, whole_runs_table

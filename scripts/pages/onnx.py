@@ -20,27 +20,20 @@ def onnx_table(rows: list[dict]) -> str:
     rows = [row for row in rows if "top1" in row]  # the others have random weights
     for name in dict.fromkeys(name_of(row) for row in rows):
         some = [row for row in rows if name_of(row) == name]
-        integers, floats = (some[0]["bytes"][kind] / 1e6 for kind in ("onnx", "float"))
-        products = [str(sum(some[0]["products"][kind].values())) for kind in ("integer", "float")]
-        top1 = [spread([row["top1"][kind] for row in some]) for kind in ("onnx", "simulated")]
-        same = spread([row["same_as_onnx"]["simulated"] for row in some])
-        cells = [
-            name,
-            f"{integers:.2f} / {floats:.2f}",
-            ", ".join(products),
-            *top1,
-            f"{some[0]['top1']['float']:.2f}",
-            same,
-        ]
+        size, products, top1 = (some[0][key] for key in ("bytes", "products", "top1"))
+        cells = [name, f"{size['onnx'] / 1e6:.2f} / {size['float'] / 1e6:.2f}"]
+        cells.append(", ".join(str(sum(products[kind].values())) for kind in ("integer", "float")))
+        cells += [spread([row["top1"][kind] for row in some]) for kind in ("onnx", "simulated")]
+        cells += [f"{top1['float']:.2f}", spread([row["same_as_onnx"]["simulated"] for row in some])]
         lines.append(f"| {' | '.join(cells)} |")
-    n, packages = rows[0]["n"], rows[0]["versions"]
-    versions = ", ".join(f"{key} {packages[key]}" for key in ("onnxruntime", "torch", "timm"))
-    return "\n".join([*lines, "", f"n = {n}, mean and standard deviation of 3 seeds; {versions}."])
+    versions = ", ".join(f"{key} {rows[0]['versions'][key]}" for key in ("onnxruntime", "torch", "timm"))
+    return "\n".join([*lines, "", f"n = {rows[0]['n']}, mean and standard deviation of 3 seeds; {versions}."])
 
 
 def name_of(row: dict) -> str:
     """The model, and the bits of its weights, which are in the name of its file: demo_vit_w8_seed1.onnx."""
-    return f"{row['model']} W{re.search(r'_w(\d)', row['file'])[1]}"
+    (bits,) = re.findall(r"_w(\d)", row["file"])
+    return f"{row['model']} W{bits}"
 
 
 def onnx_rates(model: str) -> list[float | None]:
