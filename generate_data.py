@@ -112,6 +112,7 @@ def generate_data(
             begin = partial(bar.set_postfix_str, "compiling, for a minute or two")
             terms = compiled_when_called(terms, try_out, begin)
         identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
+        identity["img_size"] = list(model.patch_embed.img_size)
         advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         for index, labels in mine:
             batch = Batch(model, terms, labels, seed, index, settings)

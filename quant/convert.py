@@ -165,6 +165,8 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
         run()
     for name, (low, high) in activation_ranges(model).items():
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
+            for _, act in modules.named_activations(model):
+                act.low = act.high = None  # it is not calibrated
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
     layers = dict(modules.quantized_weights(model))
     contexts = window_contexts(model) if recipe.windows else {}

@@ -7,7 +7,7 @@ from timm.layers import pos_embed_sincos
 from timm.models import beit as timm_beit
 from timm.models import deit, swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models import eva as timm_eva
-from torch import nn
+from torch import Tensor, nn
 
 from quant import beit, blocks, eva, modules, pooling, swin, swin_v2, vit
 
@@ -80,6 +80,9 @@ def check_supported(model: nn.Module) -> None:
         if type(module) not in SWAPS and type(module) not in KEPT:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise UnsupportedModelError(f"{name} is a {kind}, which is not understood; expected {_expected(name)}")
+        if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters:
+            reason = "is computed in each pass, as a pruned or normalised one; expected a parameter"
+            raise UnsupportedModelError(f"{name}.weight {reason}")
         swap = SWAPS.get(type(module))
         parts = getattr(swap, "parts", None)
         for child_name, child in module.named_children() if parts else ():

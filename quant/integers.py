@@ -85,7 +85,7 @@ def activation_codes(act: QuantAct, x: Tensor) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Two codes of 4 bits or less to a byte, the first in the lower half: (ceil(n / 2),) uint8. Others as they are."""
     if bits > 4:
-        return codes
+        return codes.contiguous()  # of a model in channels_last they are not
     halves = codes.flatten().view(torch.uint8) & 15
     if len(halves) % 2:
         halves = torch.cat([halves, halves.new_zeros(1)])

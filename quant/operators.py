@@ -139,7 +139,8 @@ class OnnxConv2d(OnnxWeight, QuantConv2d):
         B, C, H, W = x.shape
         height, width = self.kernel_size
         rows, columns = H // height, W // width
-        patches = x.view(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        x = x[:, :, : rows * height, : columns * width]  # as a convolution leaves out what fills no patch
+        patches = x.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
         return self.product(patches.reshape(B, rows * columns, -1))
 
 

@@ -21,9 +21,18 @@ def obstacle(model: nn.Module) -> str | None:
         return "without a classifier the stream's own basis is the result"
     if isinstance(model, VisionTransformer) and (model.pos_embed is None or model.attn_pool is not None):
         return "expected learned positions, and no attention pooling"
+    if isinstance(model, VisionTransformer):
+        if model.global_pool in ("max", "avgmax"):
+            return f"what global_pool='{model.global_pool}' gives depends on the stream's basis"
+        if not any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm)):
+            return "expected a norm before the classifier"
     for name, module in model.named_modules():
         if re.fullmatch(r"(blocks|layers\.\d+\.blocks)\.\d+", name) and not isinstance(module, _BLOCKS):
             return f"{name} is not a ViT's or Swin's block"
+        if isinstance(module, _BLOCKS) and not hasattr(module.mlp, "fc1"):
+            return f"{name}.mlp has a gate in a layer of its own"
+        if isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
+            return f"{name} is a norm without a weight or a bias"
         if hasattr(module, "qkv") and any(
             not isinstance(getattr(module, part, None), (nn.Identity, type(None)))
             for part in ("q_norm", "k_norm", "norm", "gate")
@@ -49,7 +58,7 @@ def rotate(model: nn.Module) -> None:
 
 
 def _rotate_vit(model: nn.Module) -> None:
-    if not isinstance(model.norm_pre, nn.Identity):
+    if not all(isinstance(norm, nn.Identity) for norm in (model.norm_pre, model.patch_embed.norm)):
         return  # its affine part writes to the stream, channel by channel
     rotation = mean_keeping_rotation(model.embed_dim).to(model.pos_embed.device)
     rotate_output(model.patch_embed.proj, rotation)
@@ -63,7 +72,8 @@ def _rotate_vit(model: nn.Module) -> None:
 
 def _rotate_swin(model: nn.Module) -> None:
     """All stages but the first, to which the patch embedding's norm writes, channel by channel."""
-    for stage, after in zip(model.layers[1:], [*model.layers[2:], None], strict=True):
+    stages = list(model.layers[1:])
+    for stage, after in zip(stages, [*stages[1:], None], strict=False):
         rotation = mean_keeping_rotation(stage.downsample.reduction.out_features)
         rotation = rotation.to(model.norm.weight.device)
         rotate_output(stage.downsample.reduction, rotation)

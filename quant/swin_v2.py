@@ -41,7 +41,8 @@ class QuantWindowAttentionV2(WindowAttention):
 
     def _get_rel_pos_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        return self.act_computed_bias(16 * bias_of(table, self.relative_position_index).sigmoid())  # (h, N, N)
+        # Less 8, which softmax does not see: a grid whose range is all above zero would begin there, and clip it
+        return self.act_computed_bias(16 * bias_of(table, self.relative_position_index).sigmoid() - 8)  # (h, N, N)
 
 
 class QuantSwinTransformerV2Block(PostNormBlock, SwinTransformerV2Block):

@@ -66,6 +66,7 @@ def open_session(path: Path, threads: int, optimized: Path | None = None) -> "In
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float activations stay float
     others = own_cores()[1:threads]  # the first is for the thread that calls
     if threads > 1 and len(others) == threads - 1:
         affinities = ";".join(str(core + 1) for core in others)  # it counts from 1

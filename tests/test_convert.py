@@ -6,6 +6,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 from quant import (
     UnsupportedModelError,
@@ -118,6 +119,8 @@ def test_calibration_names_what_is_not_finite(model):
     model.get_parameter("head.bias" if hasattr(model, "cls_token") else "head.fc.bias").data[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"head\.(fc\.)?act_output"):
         calibrate(model, torch.randn(2, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        check_calibrated(model)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 32])
@@ -186,6 +189,12 @@ def test_a_vit_that_has_neither_class_token_nor_pooling_is_refused():
     model.global_pool = "token"
     with pytest.raises(UnsupportedModelError, match="expected a class token, or pooling"):
         check_supported(model)
+
+
+def test_a_weight_that_is_computed_in_each_pass_is_refused(vit):
+    prune.l1_unstructured(vit.blocks[0].mlp.fc1, "weight", 0.3)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp\.fc1\.weight is computed in each pass"):
+        quantize_model(vit)
 
 
 def test_a_subclass_is_not_taken_for_its_parent(vit):

@@ -2,10 +2,15 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from families import FAMILIES, build
+from conftest import randomize
+from families import FAMILIES, ROW, build
+from timm.layers import SwiGLU
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from generate_data import GenerationSettings, generate_data
@@ -13,7 +18,7 @@ from quant import calibrate, quantize_model
 from quant.integers import integer_state, load_integer_state
 from quant.modules import QuantizedWeight, named_activations
 from quant.recipes import BEST, PAPER
-from quant.streams import obstacle
+from quant.streams import obstacle, rotate
 from utils.attention import attention_outputs
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -68,3 +73,49 @@ def test_images_are_generated(family):
     images = generate_data(model, 2, settings=GenerationSettings(steps=3), progress=False, losses=losses)
     assert images.shape == (2, 3, 32, 32) and images.isfinite().all() and len(losses) == 6
     assert (losses[0][1] == 0) == (model.num_classes == 0)  # L_OH
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mlp_layer": SwiGLU},
+        {"norm_layer": partial(nn.LayerNorm, bias=False)},
+        {"final_norm": False},
+        {"embed_norm_layer": nn.LayerNorm},
+        {"global_pool": "max"},
+        {"global_pool": "avgmax"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@torch.no_grad()
+def test_best_changes_no_float_logit_of_unusual_vits(options):
+    torch.manual_seed(0)
+    model = randomize(VisionTransformer(**ROW | options))
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    quantize_model(model, 4, 8, recipe=BEST)
+    if not obstacle(model):
+        rotate(model)
+    torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    calibrate(model, images)
+
+
+@torch.no_grad()
+def test_best_takes_a_swin_of_one_stage():
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 24}
+    model = randomize(SwinTransformer(**size, depths=(2,), num_heads=(2,)))
+    images = torch.randn(4, 3, 32, 32)
+    expected = model(images)
+    quantize_model(model, 16, 16, recipe=BEST)
+    torch.testing.assert_close(calibrate(model, images)(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_position_bias_of_swin_v2_is_clipped():
+    model, images = build("swin v2"), torch.randn(8, 3, 32, 32)
+    calibrate(quantize_model(model, 16, 8), images)
+    for name, act in named_activations(model):
+        if name.endswith("act_computed_bias"):
+            low, high = ((end - act.zero_point) * act.scale for end in act.grid)
+            assert low - act.scale <= act.low and act.high <= high + act.scale

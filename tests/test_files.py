@@ -222,6 +222,13 @@ def test_a_folder_is_locked_for_one_run_at_a_time(tmp_path):
         pass
 
 
+def test_a_hidden_file_that_is_no_draft_stays(tmp_path):
+    backup = tmp_path / ".model-backup.json"
+    backup.write_text("{}")
+    write_json(tmp_path / "model.json", {})
+    assert backup.exists()
+
+
 def test_a_lock_does_not_survive_kill_9(tmp_path):
     def die():
         with locked(tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 
 from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, PAPER
@@ -199,6 +200,15 @@ def test_windows_that_need_padding_still_compute_the_same():
     torch.manual_seed(0)
     options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
     check(SwinTransformer(img_size=32, patch_size=2, window_size=3, **options).eval(), 8, 8)
+
+
+@torch.no_grad()
+def test_an_image_that_is_no_multiple_of_the_patch():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=36, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=10).eval()
+    images = torch.randn(4, 3, 36, 36)
+    quantized = calibrate(quantize_model(model, 8, 8, recipe=INPUTS), images)
+    assert error(run(to_onnx(quantized), images), quantized(images)) < 0.05
 
 
 def test_an_uncalibrated_model_is_refused(vit):

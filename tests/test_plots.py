@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from families import build
 
 from quant import activation_ranges, calibrate, quantize_model
 from utils.plots import plot_generation, plot_ranges, plot_sensitivity, signal_to_noise
@@ -29,3 +30,10 @@ def test_pictures_are_written(tmp_path, model):
     plot_ranges(tmp_path / "b.png", {"generated": ranges, "noise": ranges})
     plot_sensitivity(tmp_path / "c.png", "title", {"a": 1.0, "b": 0.5})
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"}
+
+
+def test_layers_whose_weights_are_read_but_not_called_are_left_out():
+    model, images = build("beit, both biases"), torch.randn(4, 3, 32, 32)
+    quantized = calibrate(quantize_model(copy.deepcopy(model)), images)
+    ratios = signal_to_noise(model, quantized, images)
+    assert "blocks.0.mlp.fc1" in ratios and "blocks.0.attn.qkv" not in ratios

@@ -111,6 +111,22 @@ def test_the_folder_is_removed_after_success_and_kept_after_failure(tmp_path):
     assert not folder.exists()
 
 
+def test_the_folder_stays_this_runs_until_the_block_has_ended(tmp_path, monkeypatch):
+    """Another run that begins while the states are removed is refused, and does not lose its lock."""
+    folder, remove = tmp_path / "run", Path.unlink
+
+    def late(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            with pytest.raises(InputError, match="another run writes there"), unfinished(folder, resume=False):
+                pass
+        remove(path, *arguments, **options)
+
+    with unfinished(folder, resume=False) as state:
+        (state / "a.safetensors").write_text("")
+        monkeypatch.setattr(Path, "unlink", late)
+    assert not folder.exists()
+
+
 def test_without_resume_an_older_state_is_discarded_and_nothing_else(tmp_path):
     save_state(tmp_path / "x.safetensors", {}, {})
     (tmp_path / "notes.txt").write_text("mine")

@@ -61,7 +61,8 @@ def save_images(
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
         labels = more["labels"].tolist() if "labels" in more else None
-        captions = labels and [names[label] if names else f"class {label}" for label in labels]
+        named = dict(enumerate(names or []))  # images of another model may have labels beyond
+        captions = labels and [named.get(label, f"class {label}") for label in labels]
         draw_grid(images * std + mean, captions).save(draft)
     return f"{path}, and to look at: {picture}"
 

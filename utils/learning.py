@@ -33,7 +33,7 @@ def learn(student: Student, state: Path) -> None:
             optimizers=[student.optimizer],
             random=student.random,
             file=state / f"learning-{rank()}.safetensors",
-            identity={"model and images": digest(begun_with)},
+            identity={"model and images": digest(begun_with), "steps": student.total},
             out_of_memory=lambda: f"for a step of learning, of {images} images; a smaller --calib-batchsize takes less",
         )
         bar.update(optimisation.done)

@@ -9,6 +9,7 @@ from quant import check_calibrated
 from utils.data import UNREADABLE
 from utils.outputs import CPU_BATCH, in_parts, outputs_of
 from utils.run.distributed import gather
+from utils.run.errors import InputError
 from utils.run.progress import progress_bar
 
 NEIGHBOURS = 20  # DINO (Caron et al., ICCV 2021), section 3.2
@@ -76,6 +77,8 @@ def embeddings(models: dict[str, nn.Module], images: DataLoader) -> tuple[dict[s
         for name, values in zip(models, zip(*parts, strict=True), strict=True):
             found[name] += values
     shards = gather((found, labels, unreadable))
+    if not any(some for _, some, _ in shards):
+        raise InputError(f"expected images to embed; got none that can be read of {len(images.dataset)}")
     joined = {name: torch.cat([value for shard, _, _ in shards for value in shard[name]]) for name in models}
     all_labels = torch.cat([value for _, some, _ in shards for value in some])
     return joined, all_labels, [file for *_, files in shards for file in files]

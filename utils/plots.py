@@ -140,7 +140,7 @@ def plot_run(
     """
     kinds = {"noise": draw_noise(len(images), model.patch_embed.img_size, seed), kind: images}
     if real:
-        kinds["real"] = draw_images(real, len(images), seed)
+        kinds["real"] = draw_images(real, min(len(images), len(real)), seed)
     if losses:
         plot_losses(record.folder / "generation.png", model, kinds["noise"], images, losses)
     ranges = {
@@ -164,6 +164,8 @@ def signal_to_noise(float_model: nn.Module, quantized: nn.Module, images: Tensor
     float_outputs, outputs = (_outputs(model, names, images.to(device)) for model in (float_model, quantized))
     ratios = {}
     for name in names:
+        if name not in float_outputs:  # some families of timm read the layer's weight, and do not call it
+            continue
         error = (outputs[name] - float_outputs[name]).square().mean().clamp(min=1e-20)
         ratios[name] = 10 * torch.log10(float_outputs[name].square().mean() / error).item()
     return ratios

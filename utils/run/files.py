@@ -105,8 +105,12 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another run has it.
     """
-    path = folder / ".lock"
-    with path.open("ab") as lock:
+    path, taken_by = folder / ".lock", f"{folder}: another run writes there; expected a folder that no other run uses"
+    try:
+        opened = path.open("ab")
+    except FileNotFoundError as error:  # the other run has removed the folder at this moment
+        raise InputError(taken_by) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = not os.path.samestat(os.fstat(lock.fileno()), path.stat())
@@ -115,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             taken = False
         if taken:
-            raise InputError(f"{folder}: another run writes there; expected a folder that no other run uses")
+            raise InputError(taken_by)
         with _removed(path):
             yield
 
@@ -131,7 +135,7 @@ def _removed(path: Path) -> Iterator[None]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the drafts of `path` that no living process has locked."""
-    for draft in path.parent.glob(f".{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"):
+    for draft in path.parent.glob(f".{glob.escape(path.stem)}-{'[0-9a-f]' * 8}{glob.escape(path.suffix)}"):
         with suppress(OSError), draft.open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.unlink()

@@ -63,7 +63,9 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
             for file in [] if resume else folder.glob("**/*.safetensors"):
                 file.unlink()
             yield folder
-            shutil.rmtree(folder)
+            for entry in folder.iterdir():
+                if entry.name != ".lock":  # without which another run could begin before this one has ended
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     finally:
         with suppress(OSError):  # there is something in it, or it is gone
             folder.rmdir()
