@@ -36,7 +36,7 @@ from utils.data import Images, draw_images, open_data
 from utils.evaluate import compare, measure
 from utils.images import draw_noise, load_images, save_images
 from utils.learning import learn
-from utils.options import check_run, parse_run
+from utils.options import SETTLED, check_run, parse_run
 from utils.photographs import find_dataset
 from utils.plots import plot_run
 from utils.report import HELD_OUT, MODES
@@ -90,6 +90,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     """Evaluate, or export, what --save wrote: without the original weights, so there is no float model to compare."""
     with record.stage("build", in_turn=True):
         model, header = load_quantized(options.load)
+        if options.model not in (parse_run([]).model, header["model"]):
+            raise InputError(f"{options.load} holds {header['model']}; got --model {options.model}")
         if not dataset and header["model"] in DATASETS:
             dataset = find_dataset(DATASETS[header["model"]], options.dataset_archive)
         if not dataset and not options.export_onnx:
@@ -101,7 +103,8 @@ def evaluate_saved(options: argparse.Namespace, device: torch.device, dataset: P
     with record.stage("evaluate"), float32_products():
         loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
         measured = measure({"quantized": model.to(device)}, data, *loading)
-    results = report.collect_saved(header, measured) | record.provenance(device, vars(options))
+    chosen = {name: value for name, value in vars(options).items() if name not in ("model", *SETTLED)}
+    results = report.collect_saved(header, measured) | record.provenance(device, chosen)
     report.publish(record, results, report.describe_saved(results, options.load))
     return results
 

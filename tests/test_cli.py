@@ -386,14 +386,17 @@ def test_cached_images_give_the_same_accuracy(tmp_path, image_root):
 
 
 def test_a_saved_model_is_evaluated_without_its_weights(tmp_path, image_root, capsys, monkeypatch):
-    arguments = ["--dataset", image_root, "--mode", 1, "--w_bit", 4, "--output-dir"]
-    first = quick(*arguments, tmp_path / "a", "--save", tmp_path / "model.safetensors")
+    arguments = ["--dataset", image_root, "--output-dir"]
+    first = quick(*arguments, tmp_path / "a", "--save", tmp_path / "model.safetensors", "--mode", 1, "--w_bit", 4)
     monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the float model"))
     second = quick(*arguments, tmp_path / "b", "--load", tmp_path / "model.safetensors", model="deit_tiny")
     assert {key: second[key] for key in ("model", "n", "top1", "top5")} == {
         key: first[key] for key in ("model", "n", "top1", "top5")
     }
+    assert second["bits"]["blocks.0.mlp.fc1.weight"] == 4 and "w_bit" not in second["options"]
     assert second == json.loads((tmp_path / "b" / "results.json").read_text())
+    with pytest.raises(InputError, match="holds demo_vit; got --model demo_swin"):
+        quick(*arguments, tmp_path / "c", "--load", tmp_path / "model.safetensors", model="demo_swin")
     assert f"top-1 {second['top1']:.2f} %" in capsys.readouterr().out
 
 
@@ -403,6 +406,8 @@ def test_a_saved_model_is_evaluated_without_its_weights(tmp_path, image_root, ca
         (["--load", "absent.safetensors"], "absent.safetensors: no such file"),
         (["--load", "m.safetensors", "--save", "n.safetensors"], "got --save with it"),
         (["--load", "m.safetensors", "--skip-layers", "*"], "got --skip-layers with it"),
+        (["--load", "m.safetensors", "--w_bit", "4"], "got --w_bit 4 with it"),
+        (["--load", "m.safetensors", "--recipe", "best"], "got --recipe best with it"),
         (["--onnx-int4"], "--onnx-int4: goes with --export-onnx"),
         (["--save", "test_quant.py/m.safetensors"], "expected a folder to write to"),
     ],

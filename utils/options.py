@@ -14,6 +14,8 @@ from utils.run.options import DEVICE_HELP, Parser, natural, positive
 from utils.run.precision import LARGE, PRECISIONS
 from utils.run.record import check_place
 
+SETTLED = ("w_bit", "a_bit", "mode", "recipe")  # by what --save has written
+
 
 def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of test_quant.py."""
@@ -74,6 +76,10 @@ def check_run(options: argparse.Namespace) -> None:
     """Refuse options of test_quant.py that do not go together, and files that are not or cannot be."""
     given = {"--" + name.replace("_", "-"): value for name, value in vars(options).items() if value}
     if options.load:
+        usual = parse_run([])
+        for option in SETTLED:
+            if (value := getattr(options, option)) != getattr(usual, option):
+                raise InputError(f"--load takes a model as it was saved; got --{option} {value} with it")
         for option in ("save", "checkpoint", "img-size", "images", "skip-layers", "symmetric", "plots", "resume"):
             if f"--{option}" in given:
                 raise InputError(f"--load takes a model as it was saved; got --{option} with it")

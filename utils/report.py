@@ -59,6 +59,8 @@ def collect_saved(header: dict, measured: dict) -> dict:
     return {
         "model": header["model"],
         "tag": header["tag"],
+        "recipe": header["recipe"] and header["recipe"]["name"],
+        "bits": header["bits"],
         "n": measured["n"],
         "top1": measured.get("quantized_top1"),
         "top5": measured.get("quantized_top5"),
