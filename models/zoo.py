@@ -204,7 +204,7 @@ def _outline(source: Source) -> nn.Module:
 
 def _check_size(img_size: int, outline: nn.Module) -> tuple[int, int]:
     patch = max(outline.patch_embed.patch_size)
-    if img_size < patch or img_size % patch:
+    if img_size < patch or (img_size % patch and (img_size, img_size) != tuple(outline.patch_embed.img_size)):
         raise InputError(f"--img-size: expected a multiple of {patch}, the side of a patch; got {img_size}")
     return img_size, img_size
 

@@ -185,6 +185,7 @@ def test_a_disk_too_small_is_refused_before_generation(tmp_path, image_root, mon
         ("--model demo_vit --images absent.safetensors", "--images absent.safetensors: no such file"),
         ("--model demo_vit --images absent.safetensors --mode 1", "--images: goes with --mode 0"),
         ("--model demo_vit --dataset absent", "--dataset absent: no such folder"),
+        ("--model demo_vit --compile --checkpoint-activations", "--compile: got --checkpoint-activations with it"),
         ("--model deit_tiny --mode 2", "--mode 2 calibrates on real images: expected --dataset"),
         ("--model demo_vit --device cuda:99", "--device cuda:99"),
         ("--model demo_vit --output-dir test_quant.py/x", "expected a folder to write to"),

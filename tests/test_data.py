@@ -14,6 +14,7 @@ from utils.data import (
     Images,
     check_dataset,
     draw_images,
+    open_data,
     read_class_map,
     read_image,
     spread,
@@ -251,3 +252,8 @@ def test_drawn_images_follow_the_seed_and_are_different(image_root):
 def test_too_few_images_to_draw_from_is_refused(image_root):
     with pytest.raises(InputError, match="at least 101 images to calibrate with; found 100"):
         draw_images(Images(image_root, "train", transform), 101, seed=0)
+
+
+def test_a_class_map_without_a_classifier_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--class-map: orders the outputs of a classifier"):
+        open_data(tmp_path, None, 0, class_map=tmp_path / "map.txt")

@@ -20,6 +20,8 @@ from utils.data import CLASS_MAP, read_class_map
 from utils.photographs import PHOTOGRAPHS, find_dataset, prepare_dataset
 from utils.run.errors import InputError
 
+unpacks = pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="a Python that unpacks nothing safely")
+
 
 def write_folders(root, name, splits=("train", "test"), per_class=2):
     """Class folders of JPEG files, as an archive of the data set has them; returns the bytes of one file."""
@@ -50,6 +52,7 @@ def check_written(root, content):
     assert (root / "val" / PHOTOGRAPHS[root.name].classes[3] / "0001.jpg").read_bytes() == content
 
 
+@unpacks
 def test_an_archive_becomes_a_data_set_once_and_its_files_are_kept_as_they_are(archive, tmp_path):
     root = prepare_dataset("cifar10", tmp_path / "data", archive[0])
     assert root == tmp_path / "data" / "cifar10"
@@ -66,6 +69,7 @@ def test_a_folder_becomes_a_data_set_and_stays(tmp_path):
     assert not list((tmp_path / "data").rglob("notes.txt"))
 
 
+@unpacks
 @pytest.mark.skipif(not shutil.which("zstd"), reason="needs the command zstd")
 def test_a_zstd_archive_is_unpacked(archive, tmp_path):
     plain = subprocess.run(["gzip", "-dc", archive[0]], capture_output=True, check=True).stdout
@@ -90,6 +94,7 @@ def batch(labels):
     return {"data": rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), "labels": labels}
 
 
+@unpacks
 def test_torchvisions_batches_become_png_files(tmp_path, monkeypatch):
     files = {"data_batch_1": batch(list(range(10))), "test_batch": batch([3] * 10)}
     files["batches.meta"] = {"label_names": list(PHOTOGRAPHS["cifar10"].classes)}
@@ -126,6 +131,7 @@ def test_batches_with_another_checksum_are_not_unpickled(tmp_path):
     assert not (tmp_path / "executed").exists() and not list((tmp_path / "data").iterdir())
 
 
+@unpacks
 @pytest.mark.parametrize("name", ["../../outside.jpg", "/tmp/outside.jpg"])
 def test_an_archive_cannot_write_outside(tmp_path, name):
     file = tmp_path / "bad.tar"
@@ -138,6 +144,7 @@ def test_an_archive_cannot_write_outside(tmp_path, name):
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["a", "bad.tar", "data"]
 
 
+@unpacks
 def test_a_link_in_an_archive_cannot_bring_a_file_of_this_machine(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     file = tmp_path / "bad.tar"
@@ -209,6 +216,7 @@ def test_imagenette_has_a_class_map_of_imagenets_outputs(tmp_path):
     assert lines["n01440764"][1] == 0 and lines["n03888257"][1] == 701  # as in ImageNet's list of classes
 
 
+@unpacks
 def test_a_folder_wins_over_a_name(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -236,3 +244,9 @@ def test_the_demos_fractals_are_a_data_set_by_name(tmp_path, monkeypatch):
     assert find_dataset("demo") == find_dataset(Path("demo")) == tmp_path / "demo"
     with pytest.raises(InputError, match="--dataset-archive: goes with --dataset cifar10 or imagenette"):
         find_dataset("demo", tmp_path)
+
+
+def test_a_python_that_unpacks_nothing_safely_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with pytest.raises(InputError, match=r"Python 3\.10\.12, 3\.11\.4 or a newer one is needed"):
+        photographs._extract(tmp_path / "a.tar", tmp_path)

@@ -135,6 +135,8 @@ def open_data(
     """
     if num_classes:
         data = {"val": validation_images(root, transform, num_classes, class_map, limit, seed)}
+    elif class_map:
+        raise InputError("--class-map: orders the outputs of a classifier; the model has none")
     else:
         data = {"val": Images(root, "val", transform, limit, seed)}
     if train or not num_classes:

@@ -86,6 +86,7 @@ def check_run(options: argparse.Namespace) -> None:
     for option, needed in (("onnx-int4", "export-onnx"), ("class-map", "dataset")):
         if f"--{option}" in given and f"--{needed}" not in given:
             raise InputError(f"--{option}: goes with --{needed}; got none")
+    check_computation(options)
     if options.images and options.mode != 0:
         raise InputError(f"--images: goes with --mode 0; got --mode {options.mode}")
     for option in ("--images", "--checkpoint", "--class-map"):
@@ -127,10 +128,17 @@ def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_generation(options: argparse.Namespace) -> None:
     """Refuse options of generate_data.py that cannot work."""
+    check_computation(options)
     check_format(options.output)
     if options.plots:
         require_matplotlib()
     check_writable(options.output.parent)
+
+
+def check_computation(options: argparse.Namespace) -> None:
+    """Refuse options of computation that do not go together."""
+    if options.compile and options.checkpoint_activations:
+        raise InputError("--compile: got --checkpoint-activations with it, whose steps are not compiled")
 
 
 def add_model(group: argparse._ActionsContainer) -> None:

@@ -143,6 +143,11 @@ def _download(name: str, folder: Path) -> None:
 
 def _extract(archive: Path, folder: Path) -> None:
     """Extract a tar archive; nothing of it gets outside `folder` (PEP 706)."""
+    if not hasattr(tarfile, "data_filter"):  # Debian 12 has Python 3.11.2
+        raise InputError(
+            f"--dataset-archive {archive}: to unpack it safely Python 3.10.12, 3.11.4 or a newer one is needed; unpack "
+            "it elsewhere and name the folder"
+        )
     try:
         with archive.open("rb") as file:
             compressed = file.read(len(_ZSTD)) == _ZSTD
