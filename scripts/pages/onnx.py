@@ -27,7 +27,7 @@ def onnx_table(rows: list[dict]) -> str:
         cells += [f"{top1['float']:.2f}", spread([row["same_as_onnx"]["simulated"] for row in some])]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{key} {rows[0]['versions'][key]}" for key in ("onnxruntime", "torch", "timm"))
-    return "\n".join([*lines, "", f"n = {rows[0]['n']}, mean and standard deviation of 3 seeds; {versions}."])
+    return "\n".join([*lines, "", f"n = {rows[0]['n']}, mean and standard deviation of {len(some)} seeds; {versions}."])
 
 
 def name_of(row: dict) -> str:

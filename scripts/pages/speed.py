@@ -18,9 +18,7 @@ def benchmark_table(rows: list[dict]) -> str:
             f"| {row['step_over_float32']:.2f} | {goal} | {row['step_over_bare']:.2f} "
             f"| {row['bare_peak_mb']:.0f} | {row['peak_mb']:.0f} |"
         )
-    about, packages = rows[0], rows[0]["versions"]
-    where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
-    lines += ["", f"Batch {about['batch']}, {about['mode']}; {where}.", "", evaluation_table(rows)]
+    lines += ["", f"Batch {rows[0]['batch']}, {rows[0]['mode']}; {measured_with(rows[0])}.", "", evaluation_table(rows)]
     return "\n".join(lines)
 
 
@@ -34,9 +32,12 @@ def benchmark_gpu_table(rows: list[dict]) -> str:
         cells += [f"{row['step_over_float32']:.2f}", f"{row['step_over_bare']:.2f}"]
         cells += [f"{row[key]:.0f}" for key in ("bare_peak_mb", "peak_mb", "float_images_per_s", "quant_images_per_s")]
         lines.append(f"| {' | '.join(cells)} |")
-    about, packages = rows[0], rows[0]["versions"]
-    where = f"{about['device']}, torch {packages['torch']}, timm {packages['timm']}"
-    return "\n".join([*lines, "", f"Batch {about['batch']}; {where}."])
+    return "\n".join([*lines, "", f"Batch {rows[0]['batch']}; {measured_with(rows[0])}."])
+
+
+def measured_with(row: dict) -> str:
+    """The device and the versions of a row of scripts/benchmark.py."""
+    return f"{row['device']}, torch {row['versions']['torch']}, timm {row['versions']['timm']}"
 
 
 def evaluation_table(rows: list[dict]) -> str:
