@@ -61,6 +61,7 @@ class GenerationSettings:
     checkpoint_activations: bool = False  # compute them again in the backward pass: less memory, more time
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def generate_data(
     model: nn.Module,

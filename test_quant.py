@@ -43,6 +43,7 @@ from utils.report import HELD_OUT, MODES
 from utils.run.distributed import by_first, first_process_first, process_group
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
+from utils.run.memory import attempt
 from utils.run.options import pick_device
 from utils.run.precision import float32_products
 from utils.run.record import RUNS, Record, open_record
@@ -68,7 +69,9 @@ def quantize_and_evaluate(
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
-        calibrate(quantized, images["images"], learn=partial(learn, state=record.state))
+        do = partial(calibrate, quantized, images["images"], learn=partial(learn, state=record.state))
+        if attempt(do) is None:
+            raise InputError("out of memory in calibration; expected more memory, or a smaller --calib-batchsize")
     leave_files(options, model, quantized, images, record)
     write_models(quantized, model, options.model, options.save, options.export_onnx, options.onnx_int4)
     with record.stage("evaluate"), float32_products():

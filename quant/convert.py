@@ -41,24 +41,36 @@ def quantize_model(
 
     Raises:
         ValueError: a bit width out of range, or a pattern that matches nothing.
-        UnsupportedModelError: a part of the model is not understood; the model is untouched.
+        UnsupportedModelError: a part of the model is not understood.
+
+    Where it raises, the model is untouched.
     """
     for option, bits in (("w_bit", w_bit), ("a_bit", a_bit)):
         if bits not in BIT_WIDTHS:
             raise ValueError(f"{option}: expected 2 to 8, or 16 for float; got {bits}")
+    check_patterns(model, recipe, skip)
     swap_layers(model, recipe)
     if (recipe.balance or recipe.drop_key_biases or recipe.rotate) and (reason := obstacle(model)):
         note(model, f"neither balanced nor rotated: {reason}")
     elif recipe.balance:
         balance(model)
     place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit))
-    names = list(quantizer_bits(model))
-    for pattern in skip:
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
-        assign_bits(model, dict.fromkeys(matching, FLOAT_BITS))
+    assign_bits(model, {name: FLOAT_BITS for name in quantizer_bits(model) if matches(name, skip)})
     return model
+
+
+def check_patterns(model: nn.Module, recipe: Recipe, skip: Sequence[str]) -> None:
+    """Raise ValueError for a pattern that matches none of the quantizers that the model will have."""
+    if isinstance(skip, str):
+        raise ValueError(f"skip: expected a list of patterns; got the string '{skip}'")
+    if not skip:
+        return
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    swapped = swap_layers(copy.deepcopy(model, weights), recipe)  # which shares them
+    names = list(recipe.assign(quantizer_bits(swapped), FLOAT_BITS, FLOAT_BITS))
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
 
 
 def swap_layers(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -132,7 +144,8 @@ def calibrate(
         learn: does the steps of a student, where the recipe has one.
 
     Raises:
-        RuntimeError: the model was not swapped, or is calibrated already.
+        RuntimeError: the model was not swapped, or is calibrated already; or the recipe needs gradients, which there
+            are none of in torch.inference_mode.
         FloatingPointError: an activation is not finite; names it.
     """
     if not any(True for _ in modules.named_activations(model)) or is_calibrated(model):
@@ -140,6 +153,8 @@ def calibrate(
     if not len(images):
         raise ValueError("calibrate expects at least one image")
     recipe = model.recipe
+    if torch.is_inference_mode_enabled() and (recipe.search_ranges or recipe.learn):
+        raise RuntimeError(f"recipe {recipe.name} needs gradients: expected calibrate outside of torch.inference_mode")
     config = resolve_model_data_config(model)
     if recipe.stretch:
         images = stretch(images, config["mean"], config["std"])

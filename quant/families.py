@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from timm import layers as timm_layers
 from timm.layers import pos_embed_sincos
 from timm.models import beit as timm_beit
@@ -76,6 +77,9 @@ def check_supported(model: nn.Module) -> None:
     if type(model) not in ROOTS:
         expected = ", ".join(root.__name__ for root in ROOTS)
         raise UnsupportedModelError(f"expected a timm {expected}; got {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UnsupportedModelError(f"{name} is {parameter.dtype}; expected torch.float32, as model.float() has it")
     for name, module in model.named_modules():
         if type(module) not in SWAPS and type(module) not in KEPT:
             kind = f"{type(module).__module__}.{type(module).__name__}"

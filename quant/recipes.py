@@ -45,7 +45,7 @@ class Recipe:
         }
 
 
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a quantizer's name fits one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 

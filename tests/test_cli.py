@@ -128,6 +128,15 @@ def test_unreadable_images_fail_the_run_at_its_end_unless_skipped(tmp_path, imag
     )
 
 
+def test_out_of_memory_in_calibration_is_told(tmp_path, image_root, monkeypatch):
+    def calibrate(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(test_quant, "calibrate", calibrate)
+    with pytest.raises(InputError, match="out of memory in calibration; expected more memory, or a smaller --calib"):
+        quick("--dataset", image_root, "--output-dir", tmp_path)
+
+
 def test_skipped_images_are_reported_and_none_left_is_refused(tmp_path, image_root, capsys):
     root = shutil.copytree(image_root, tmp_path / "data")
     for file in list((root / "val").glob("*/*"))[:7]:

@@ -17,7 +17,9 @@ from quant import (
     quantize_model,
     quantizer_bits,
 )
+from quant.families import ROOTS
 from quant.modules import QuantizedWeight
+from quant.recipes import BEST
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 
@@ -231,6 +233,23 @@ def test_skipping_everything_is_the_float_model(model):
 def test_a_pattern_that_matches_nothing_is_refused(vit):
     with pytest.raises(ValueError, match=r"'blocks\.9\.\*' matches no quantizer; there are patch_embed"):
         quantize_model(vit, skip=["blocks.9.*"])
+    assert type(vit) in ROOTS  # it was not swapped
+    with pytest.raises(ValueError, match="expected a list of patterns; got the string"):
+        quantize_model(vit, skip="*.act_scores")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_another_precision_than_float32_is_refused(vit, dtype):
+    with pytest.raises(UnsupportedModelError, match=rf"cls_token is {dtype}; expected torch.float32"):
+        quantize_model(vit.to(dtype))
+
+
+def test_recipes_that_need_gradients_are_refused_in_inference_mode(vit):
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        calibrate(quantize_model(copy.deepcopy(vit)), images)
+        with pytest.raises(RuntimeError, match="recipe best needs gradients"):
+            calibrate(quantize_model(vit, recipe=BEST), images)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,15 @@ def test_exif_orientation_is_not_applied(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     image.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == (9, 5)
+
+
+def test_all_that_pillow_reads_is_counted_and_nothing_else(tmp_path):
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    for name in ("a.gif", "b.JFIF", "c.avif", "d.jp2", "e.png", "f.txt", "g", "h.pdf"):
+        (folder / name).write_bytes(b"")
+    names = [Path(file).name for file in Images(tmp_path, "val", None).files]
+    assert names == ["a.gif", "b.JFIF", "c.avif", "d.jp2", "e.png"]
 
 
 def test_the_suffix_does_not_matter(tmp_path):

@@ -15,6 +15,7 @@ from utils.entropy import (
     patch_tokens,
 )
 from utils.losses import total_variation
+from utils.run.errors import InputError
 
 
 def relative(actual, expected):
@@ -85,6 +86,11 @@ def test_equal_patches_have_finite_entropy_and_gradient(features):
     value = patch_similarity_entropy(features, 2)
     (gradient,) = torch.autograd.grad(value, features)
     assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_windows_of_one_token_are_refused():
+    with pytest.raises(InputError, match="expected 2 or more in each"):
+        patch_similarity_entropy(torch.randn(4, 2, 1, 3), 1)
 
 
 def test_half_precision_features_are_compared_in_float32():

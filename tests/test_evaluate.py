@@ -218,3 +218,10 @@ def test_compare_with_itself_and_with_a_quantized_model(vit):
         errors.append(compare(vit, quantized, images))
     assert 0 < errors[0]["logit_error"] < errors[1]["logit_error"]
     assert errors[1]["agreement"] < errors[0]["agreement"] <= 100
+
+
+def test_a_single_logit_is_compared_across_images(vit):
+    vit.reset_classifier(1)
+    images = torch.randn(8, 3, 32, 32)
+    error = compare(vit, calibrate(quantize_model(copy.deepcopy(vit), 4, 4), images), images)["logit_error"]
+    assert 0 < error < 100

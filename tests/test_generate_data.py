@@ -92,14 +92,23 @@ def test_batches_have_losses_of_their_own(vit):
 
 def test_model_is_left_as_it_was(model):
     model.train()
+    model.patch_embed.eval()
+    modes = [module.training for module in model.modules()]
     model.head.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     generate_data(model, 2, settings=QUICK, progress=False)
-    assert model.training and [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_images_are_the_same_in_inference_mode(vit):
+    expected = generate_data(vit, 2, settings=QUICK, progress=False)
+    with torch.inference_mode():
+        assert torch.equal(generate_data(vit, 2, settings=QUICK, progress=False), expected)
 
 
 def test_optimisation_raises_entropy_and_approaches_the_labels(vit):

@@ -136,11 +136,13 @@ def test_without_resume_an_older_state_is_discarded_and_nothing_else(tmp_path):
     assert (tmp_path / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("make", [False, True], ids=["absent", "empty"])
+@pytest.mark.parametrize("make", [None, "empty", "draft"])
 def test_resume_with_nothing_to_resume_is_refused(tmp_path, make):
     folder = tmp_path / "a.unfinished"
     if make:
         folder.mkdir()
+    if make == "draft":  # which kill -9 left
+        (folder / ".batch-0-0123abcd.safetensors").write_bytes(b"")
     with (
         pytest.raises(InputError, match="--resume: expected the state of an interrupted run in"),
         unfinished(folder, resume=True),

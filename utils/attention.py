@@ -85,13 +85,15 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module, checkpoint_activations: bool = False) -> Iterator[None]:
     """Within the context the model is in evaluation mode and no parameter asks for a gradient."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval().requires_grad_(False)
         model.set_grad_checkpointing(checkpoint_activations)
         yield
     finally:
         model.set_grad_checkpointing(False)
-        model.train(training)
+        for module in training:  # each by itself: some may have been in another mode
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -38,7 +38,7 @@ class Images(Dataset):
         folder = root / split
         if not any(entry.is_dir() for entry in folder.iterdir()):
             raise InputError(f"{folder}: expected one folder a class; found none")
-        folders = ImageFolder(str(folder), allow_empty=True)
+        folders = ImageFolder(str(folder), is_valid_file=is_image_file, allow_empty=True)
         if not folders.samples:
             raise InputError(f"{folder}: expected images in its {len(folders.classes)} class folders; found none")
         self.folder, self.classes, self.transform = folder, folders.classes, transform
@@ -154,6 +154,11 @@ def spread(labels: Sequence[int], count: int, seed: int) -> list[int]:
         ranks.append((drawn[labels[position]], order, position))  # the n-th that is drawn of its label
         drawn[labels[position]] += 1
     return sorted(position for _, _, position in sorted(ranks)[:count])
+
+
+def is_image_file(path: str) -> bool:
+    """Whether the suffix is one that Pillow reads. What is named so and cannot be decoded is reported, not left out."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in Image.OPEN
 
 
 def read_image(path: str | Path) -> Image.Image:

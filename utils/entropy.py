@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.run.errors import InputError
 from utils.run.precision import float32_products
 
 BANDWIDTH = 0.01  # h of the Gaussian kernel (published implementation; the paper names the kernel only)
@@ -34,7 +35,14 @@ def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
 
     Returns:
         0-d tensor in nats, differentiable in `features`.
+
+    Raises:
+        InputError: there is no token beside token 0.
     """
+    if features.shape[2] < 2:
+        raise InputError(
+            "patches are compared within a window; expected 2 or more in each, as larger images have; got 1"
+        )
     return PatchEntropy.apply(features, num_images)
 
 

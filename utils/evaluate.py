@@ -119,7 +119,7 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
     Returns:
         Of models without a classifier what `compare_embeddings` does; else
         agreement: percent of images with the same first prediction, ties as in `count_correct`; logit_error: RMS of
-        the difference over the RMS of the float logits' deviation from their mean.
+        the difference over the RMS of the float logits' deviation from their mean, over images where there is one only.
 
     Raises:
         RuntimeError: `quantized` is not calibrated.
@@ -129,7 +129,8 @@ def compare(float_model: nn.Module, quantized: nn.Module, images: Tensor) -> dic
         return compare_embeddings(float_model, quantized, images)
     reference, logits = outputs_of(float_model, quantized, images)
     agreement = (reference.argmax(1) == logits.argmax(1)).float().mean() * 100
-    spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    across = 1 if reference.shape[1] > 1 else 0
+    spread = (reference - reference.mean(dim=across, keepdim=True)).square().mean().sqrt()
     error = (logits - reference).square().mean().sqrt() / spread
     return {"agreement": agreement.item(), "logit_error": error.item()}
 

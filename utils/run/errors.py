@@ -7,9 +7,14 @@ from collections.abc import Callable
 
 from utils.run.signals import Stopped
 
-# What torch says of itself on a GPU, of which nothing is to be changed: that float32 products could be TF32's, and that
-# the thread of a backward pass begins without a context.
-_OF_TORCH = ("TensorFloat32 tensor cores for float32 matrix multiplication available", "Attempting to run cuBLAS")
+# Of which a user can change nothing. On a GPU: that float32 products could be TF32's, and that the thread of a backward
+# pass begins without a context. Of timm where it resamples positions: how it indexes, and searches.
+_IDLE_WARNINGS = (
+    "TensorFloat32 tensor cores for float32 matrix multiplication available",
+    "Attempting to run cuBLAS",
+    "Using a non-tuple sequence for multidimensional indexing",
+    r"torch.searchsorted\(\): input value tensor is non-contiguous",
+)
 
 
 class InputError(ValueError):
@@ -22,10 +27,10 @@ class InputError(ValueError):
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run `main`, and end with one line where it does not end well.
 
-    Warnings of torch that mean nothing to a user are not shown.
+    Warnings that mean nothing to a user are not shown.
     Exit codes: 2 for bad input, NaN in a model or a full disk; 130 for Ctrl-C and 143 for SIGTERM.
     """
-    for message in _OF_TORCH:
+    for message in _IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message)
     try:
         main()

@@ -55,7 +55,7 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
     if not is_first():
         yield folder
         return
-    if resume and not any(folder.glob("**/*.safetensors")):
+    if resume and not any(folder.glob("**/[!.]*.safetensors")):  # hidden ones are drafts
         raise InputError(f"--resume: expected the state of an interrupted run in {folder}; found none")
     check_writable(folder)
     try:
