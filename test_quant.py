@@ -46,6 +46,7 @@ from utils.run.files import check_writable
 from utils.run.memory import attempt
 from utils.run.options import pick_device
 from utils.run.precision import float32_products
+from utils.run.progress import note
 from utils.run.record import RUNS, Record, open_record
 from utils.run.seeds import make_deterministic
 
@@ -137,7 +138,9 @@ def calibration_images(
     count, seed, size = options.calib_batchsize, options.seed, model.patch_embed.img_size
     if options.images:
         with first_process_first():
-            images = load_images(options.images, size)
+            images = load_images(options.images, size, *normalization(model))
+        if (there := len(images["images"])) < count:
+            note(f"--images {options.images}: {there} images, fewer than the {count} of --calib-batchsize")
         images |= {name: images[name][:count] for name in ("images", "labels") if name in images}
     elif options.mode == 0:
         images = {"images": generate_data(model, count, seed, settings, losses=losses, state=record.state)}
@@ -170,7 +173,7 @@ def open_splits(options: argparse.Namespace, dataset: Path | None, model: nn.Mod
     check_writable(options.output_dir or RUNS, 8 * options.calib_batchsize * 3 * math.prod(model.patch_embed.img_size))
     if not dataset:
         return {}
-    about = options.class_map, options.limit, options.seed
+    about = options.class_map, options.limit, options.seed, class_names(model)
     data = open_data(dataset, evaluation_transform(model), model.num_classes, train, *about)
     if options.cache:
         check_cache(data["val"], options.cache)

@@ -7,6 +7,7 @@ where an image size was asked for, and told, and refused elsewhere.
 
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -109,7 +110,8 @@ def load_state(model: nn.Module, state: State, path: str | Path, resample: bool 
     """
     expected = model.state_dict()
     try:
-        fitted = _CONVERTERS.get(type(model), lambda state, model: state)(state, model)
+        with redirect_stdout(None):  # timm prints what it drops, of which some is meant to be
+            fitted = _CONVERTERS.get(type(model), lambda state, model: state)(state, model)
     except (RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError) as error:
         raise InputError(f"checkpoint {path}: not of this architecture ({first_line(error)})") from error
     problems = []
@@ -117,6 +119,10 @@ def load_state(model: nn.Module, state: State, path: str | Path, resample: bool 
         problems.append(f"{len(missing)} keys missing ({_first(missing)})")
     if unexpected := [name for name in fitted if name not in expected]:
         problems.append(f"{len(unexpected)} unknown ({_first(unexpected)})")
+    if dropped := [name for name in state if _is_needed(name, state[name], expected)]:
+        problems.append(f"{len(dropped)} that it has no place for ({_first(dropped)})")
+    if others := [name for name, value in expected.items() if name in fitted and _kind(fitted[name]) != _kind(value)]:
+        problems.append(f"{len(others)} no dense floating-point tensors ({_first(others)})")
     shapes = [
         f"{name}: expected {tuple(expected[name].shape)}, got {tuple(fitted[name].shape)}"
         for name in expected
@@ -142,7 +148,22 @@ def _is_in(state: State, tensor: Tensor) -> bool:
     """Whether a file has these values, perhaps in another shape, or behind those of a class token."""
     flat = tensor.flatten()
     large = (value.flatten() for value in state.values() if value.numel() >= len(flat))
-    return any(torch.equal(value[-len(flat) :], flat) for value in large)
+    return any(torch.equal(value[-len(flat) :].nan_to_num(), flat.nan_to_num()) for value in large)
+
+
+def _is_needed(name: str, value: Tensor, expected: State) -> bool:
+    """Whether a file's tensor does something in its own model that one with the keys `expected` has no part for.
+
+    timm's converters leave out what few models have: a layer before the classifier of the oldest ViTs, and biases.
+    """
+    if name.startswith("pre_logits."):
+        return True
+    biased = any(key.endswith(("attn.qkv.bias", "attn.q_bias", "attn.q_proj.bias")) for key in expected)
+    return name.endswith("attn.qkv.bias") and not biased and bool(value.any())
+
+
+def _kind(tensor: Tensor) -> tuple[bool, torch.layout]:
+    return tensor.is_floating_point(), tensor.layout
 
 
 def _side(count: int, name: str) -> int:

@@ -1,6 +1,7 @@
 """Folders that hold a model: config.json and weights, as timm or transformers write them."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +11,15 @@ from timm.models import PretrainedCfg
 
 from models.hub import WEIGHTS, hub_file
 from models.source import Source
-from models.transformers_config import convert_config
+from models.transformers_config import INTERPOLATIONS, convert_config
 from models.transformers_names import convert_state
 from utils.run.errors import InputError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _KNOWN = {field.name for field in fields(PretrainedCfg)}
+# Arguments of timm.create_model that are not the model's: some would read a file or the network
+_OF_FACTORY = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+_OF_FACTORY |= {"features_only", "scriptable", "exportable", "no_jit"}
 _PLACES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}  # of weights
 
 Finder = Callable[[tuple[str, ...]], Path | None]  # finds the first of several files
@@ -73,9 +77,32 @@ def _timm_config(config: dict[str, Any]) -> tuple[str, dict, dict]:
         options["num_classes"] = settings["num_classes"] = config.get("num_classes", inner.get("num_classes"))
     if config.get("global_pool"):
         options.setdefault("global_pool", config["global_pool"])
+    _check_settings(settings)
+    if foreign := sorted(_OF_FACTORY & options.keys()):
+        raise ValueError(f"model_args: expected arguments of the model; got {', '.join(foreign)}")
     if "input_size" in settings:
         options.setdefault("img_size", settings["input_size"][1:])
     return config["architecture"], settings, options
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse values of a data configuration that timm would stumble over, or compute nonsense with."""
+    for key in ("mean", "std"):
+        values = settings.get(key, (0.5,) * 3)
+        if not (isinstance(values, tuple) and len(values) == 3 and all(map(_is_finite, values))):
+            raise ValueError(f"{key}: expected three numbers; got {values}")
+    if min(settings.get("std", (1,))) <= 0:
+        raise ValueError(f"std: expected three positive numbers; got {settings['std']}")
+    if not _is_finite(crop := settings.get("crop_pct", 1.0)) or crop <= 0:
+        raise ValueError(f"crop_pct: expected a positive number; got {crop!r}")
+    if (interpolation := settings.get("interpolation", "bicubic")) not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: expected {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
+    if not isinstance(settings.get("label_names", ()), tuple | dict):
+        raise ValueError(f"label_names: expected a list or an object; got {settings['label_names']!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _local_file(folder: Path, files: tuple[str, ...]) -> Path | None:

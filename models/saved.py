@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import utils.run.environment
-from models.zoo import build_architecture, data_config, model_tag, timm_tag
+from models.zoo import build_architecture, class_names, data_config, model_tag, timm_tag
 from quant import quantizer_bits
 from quant.convert import place_quantizers, swap_layers
 from quant.integers import integer_state, load_integer_state
@@ -34,6 +34,7 @@ def describe(model: nn.Module, name: str) -> dict:
         "img_size": list(model.patch_embed.img_size),
         "model_args": getattr(model, "model_args", {}),
         "transform": data_config(model),
+        "class_names": class_names(model),
         "bits": quantizer_bits(model),
         "recipe": asdict(model.recipe) if hasattr(model, "recipe") else None,
         "versions": utils.run.environment.versions(),
@@ -135,6 +136,8 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
     if header.pop("sha256", None) != _digest(header, state):
         raise InputError(f"{path}: damaged, its content is not what was written (checksum)")
     config = _tuples(header["transform"])
+    if names := header.get("class_names"):  # files of older versions have none
+        config["label_names"] = tuple(names)
     options = {"num_classes": header["num_classes"], "img_size": tuple(header["img_size"])}
     options |= header.get("model_args", {})  # files of older versions have none
     try:

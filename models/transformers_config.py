@@ -148,6 +148,9 @@ def _vit(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
     }
     if kind == "beit":
         _expect(act == "gelu", "hidden_act gelu", act)
+        tables = config["use_relative_position_bias"] or config["use_shared_relative_position_bias"]
+        square = isinstance(config["image_size"], int) or len(set(config["image_size"])) == 1
+        _expect(square or not tables, "image_size of a square, with relative positions", config["image_size"])
         options |= {
             "use_abs_pos_emb": config["use_absolute_position_embeddings"],
             "use_rel_pos_bias": config["use_relative_position_bias"],
@@ -188,6 +191,17 @@ def _swin(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
     _expect(not config["use_absolute_embeddings"], "use_absolute_embeddings false", True)
     names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
     options = {name: tuple(value) if isinstance(value := config[name], list) else value for name in names}
+    _expect(
+        config["layer_norm_eps"] == 1e-5,
+        "layer_norm_eps 1e-5, as the norms have it that it is not for",
+        config["layer_norm_eps"],
+    )
+    side, window = config["image_size"], options["window_size"]
+    _expect(isinstance(side, int), "image_size of a square", side)
+    for stage in range(len(options["depths"])):  # where windows do not fill it, transformers pads before it shifts
+        places = side // config["patch_size"] // 2**stage
+        filled = places <= window or places % window == 0
+        _expect(filled, f"stages of one window or a multiple of window_size {window}", f"{places} in one of them")
     if kind == "swin":
         return "swin_base_patch4_window7_224", options
     sizes = tuple(config["pretrained_window_sizes"])[: len(options["depths"])]

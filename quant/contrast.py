@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SHADED = 4  # one image in so many is also shaded: with 8 bits that is enough, and with 3 all of them cost accuracy
+_FLAT = 1e-4  # of pixels: what an image of one value spans once it is normalised and back; a step of 8 bits is 4e-3
 Values = Sequence[float] | Tensor  # of the three channels
 
 
@@ -28,7 +29,7 @@ def stretch(images: Tensor, mean: Values, std: Values) -> Tensor:
     mean, std = (torch.as_tensor(values).to(images).view(3, 1, 1) for values in (mean, std))
     pixels = images * std + mean
     low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
-    return torch.where(low < high, ((pixels - low) / (high - low) - mean) / std, images)
+    return torch.where(high - low > _FLAT, ((pixels - low) / (high - low) - mean) / std, images)
 
 
 def shade(images: Tensor, mean: Values, std: Values, seed: int = 0) -> Tensor:

@@ -55,6 +55,8 @@ def quantize_model(
     elif recipe.balance:
         balance(model)
     place_quantizers(model, recipe.assign(quantizer_bits(model), w_bit, a_bit))
+    if model.num_classes == 1:  # the values of one logit may lie to one side of zero, where their zero point is clamped
+        skip = (*skip, "head.act_output", "head.fc.act_output")
     assign_bits(model, {name: FLOAT_BITS for name in quantizer_bits(model) if matches(name, skip)})
     return model
 
@@ -146,7 +148,9 @@ def calibrate(
     Raises:
         RuntimeError: the model was not swapped, or is calibrated already; or the recipe needs gradients, which there
             are none of in torch.inference_mode.
-        FloatingPointError: an activation is not finite; names it.
+        FloatingPointError: an activation, or the error of learning, is not finite.
+
+    Whatever ends it early, Ctrl-C too, the model is not calibrated then.
     """
     if not any(True for _ in modules.named_activations(model)) or is_calibrated(model):
         raise RuntimeError("calibrate expects a model from quantize_model that was not calibrated before")
@@ -155,6 +159,19 @@ def calibrate(
     recipe = model.recipe
     if torch.is_inference_mode_enabled() and (recipe.search_ranges or recipe.learn):
         raise RuntimeError(f"recipe {recipe.name} needs gradients: expected calibrate outside of torch.inference_mode")
+    try:
+        return follow(recipe, model, images, batch_size, learn)
+    except BaseException:
+        for _, act in modules.named_activations(model):
+            act.low = act.high = act.scale = act.zero_point = None
+            vars(act).pop("kernel", None)  # of learning
+        raise
+
+
+def follow(
+    recipe: Recipe, model: nn.Module, images: Tensor, batch_size: int, learn: Callable[[Student], object]
+) -> nn.Module:
+    """All that a recipe has `calibrate` do, in order."""
     config = resolve_model_data_config(model)
     if recipe.stretch:
         images = stretch(images, config["mean"], config["std"])
@@ -180,8 +197,6 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
         run()
     for name, (low, high) in activation_ranges(model).items():
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
-            for _, act in modules.named_activations(model):
-                act.low = act.high = None  # it is not calibrated
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
     layers = dict(modules.quantized_weights(model))
     contexts = window_contexts(model) if recipe.windows else {}

@@ -22,6 +22,7 @@ RATE = 0.01  # of Adam, in steps of a weight's grid; all rates fall to zero as a
 SCALE_RATE = 0.002  # as a part of an activation's scale
 BIAS_RATE = 1e-4
 BETAS = (0.9, 0.99)  # the squares are forgotten within a hundred steps, of which there are few
+_TINY = torch.finfo(torch.float32).tiny  # of a variance that is divided by
 REACH = 1 / 8  # of a side: the largest cyclic shift of the images
 
 
@@ -65,9 +66,10 @@ class Student:
         )
 
     def learn(self) -> None:
-        """Do all steps."""
-        for number in range(self.total):
-            self.step(number)
+        """Do all steps. Raises FloatingPointError where an error or its gradient is not finite."""
+        seen = torch.stack([self.step(number) for number in range(self.total)])
+        if not seen.isfinite().all():
+            raise FloatingPointError("learning: the error, or its gradient, is not finite")
 
     @torch.enable_grad()
     def step(self, number: int) -> Tensor:
@@ -116,7 +118,9 @@ class Student:
         with torch.no_grad():
             expected = block_outputs(self.teacher, images)
         outputs = block_outputs(self.model, images)
-        return torch.stack([(y - t).square().mean() / t.var() for y, t in zip(outputs, expected, strict=True)]).mean()
+        return torch.stack(
+            [(y - t).square().mean() / t.var().clamp(min=_TINY) for y, t in zip(outputs, expected, strict=True)]
+        ).mean()
 
 
 def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -38,11 +38,23 @@ class Recipe:
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
         bits = {name: w_bit if name.endswith(".weight") else a_bit for name in names}
+        post_norm = {
+            f"{block}." for name in bits for block, _, end in [name.rpartition(".")] if end == "act_attn_input"
+        }
         return {
             name: max(value, EDGE_BITS) if matches(name, self.edges) else value
             for name, value in bits.items()
-            if name.endswith(".weight") or matches(name, self.points)
+            if name.endswith(".weight") or (matches(name, self.points) and not self.only_adds(name, post_norm))
         }
+
+    def only_adds(self, name: str, post_norm: set[str]) -> bool:
+        """Whether an activation is a norm's output that goes into the stream alone, which the recipe leaves in float.
+
+        Args:
+            post_norm: with what names begin in blocks that normalise what they add.
+        """
+        block, norm, _ = name.rpartition("norm")
+        return bool(norm) and block in post_norm and matches(f"{block}act_attn_input", self.points)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -61,11 +61,16 @@ def rotate_input(layer: nn.Linear, rotation: Tensor) -> None:
     layer.weight.copy_(layer.weight.double() @ rotation.T.to(layer.weight.device))
 
 
+def keeps_shift(readers: Sequence[nn.Linear], padded: bool) -> bool:
+    """Whether a norm's shift cannot become a bias: a reader has none, or gets zeros, too, `padded` to the output."""
+    return padded or any(layer.bias is None for layer in readers)
+
+
 @torch.no_grad()
-def fold_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear]) -> None:
-    """Move a layer norm's affine part into the layers that read it; what has no bias leaves the shift to the norm."""
+def fold_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear], padded: bool = False) -> None:
+    """Move a layer norm's affine part into the layers that read it; see `keeps_shift` for what stays."""
     gain, shift = norm.weight.double(), norm.bias.double()
-    if any(layer.bias is None for layer in readers):
+    if keeps_shift(readers, padded):
         gain = torch.where(gain.abs() < _SMALLEST_GAIN, _SMALLEST_GAIN, gain)
         norm.bias.copy_(shift / gain)
     else:
@@ -88,9 +93,9 @@ def fold_layer_scale(layer: nn.Linear, scale: nn.Module) -> None:
 
 
 @torch.no_grad()
-def rotate_reading(norm: nn.LayerNorm, readers: Sequence[nn.Linear], rotation: Tensor) -> None:
+def rotate_reading(norm: nn.LayerNorm, readers: Sequence[nn.Linear], rotation: Tensor, padded: bool = False) -> None:
     """Let the layers that read a layer norm read the same of an input that is rotated by a Q that keeps the mean."""
-    fold_norm(norm, readers)
+    fold_norm(norm, readers, padded)
     norm.bias.copy_(rotation @ norm.bias.double())
     for layer in readers:
         rotate_input(layer, rotation)

@@ -8,8 +8,17 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quant.rotation import fold_layer_scale, mean_keeping_rotation, rotate_heads, rotate_output, rotate_reading
+from quant.rotation import (
+    fold_layer_scale,
+    keeps_shift,
+    mean_keeping_rotation,
+    rotate_heads,
+    rotate_output,
+    rotate_reading,
+)
 
+Reading = tuple[nn.LayerNorm, list[nn.Linear], bool]  # a norm, what reads it, and whether that is padded with zeros
+_LARGEST_SHIFT = 1e3  # of a norm's channel, in units of its gain
 _BLOCKS = (Block, SwinTransformerBlock)
 
 
@@ -60,34 +69,54 @@ def rotate(model: nn.Module) -> None:
 def _rotate_vit(model: nn.Module) -> None:
     if not all(isinstance(norm, nn.Identity) for norm in (model.norm_pre, model.patch_embed.norm)):
         return  # its affine part writes to the stream, channel by channel
+    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(model, name, None), nn.Linear)]
+    norm = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
+    if not all(map(_can_be_folded, readings := [*_readings(model.blocks), (norm, heads, False)])):
+        return
     rotation = mean_keeping_rotation(model.embed_dim).to(model.pos_embed.device)
     rotate_output(model.patch_embed.proj, rotation)
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         if (parameter := getattr(model, name, None)) is not None:
             parameter.copy_(parameter.double() @ rotation.T)
-    _rotate_blocks(model.blocks, rotation)
-    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(model, name, None), nn.Linear)]
-    rotate_reading(model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm, heads, rotation)
+    _rotate_writers(model.blocks, rotation)
+    for norm, readers, padded in readings:
+        rotate_reading(norm, readers, rotation, padded)
 
 
 def _rotate_swin(model: nn.Module) -> None:
     """All stages but the first, to which the patch embedding's norm writes, channel by channel."""
     stages = list(model.layers[1:])
     for stage, after in zip(stages, [*stages[1:], None], strict=False):
+        last = (after.downsample.norm, [after.downsample.reduction]) if after else (model.norm, [model.head.fc])
+        if not all(map(_can_be_folded, [*(readings := _readings(stage.blocks)), (*last, False)])):
+            continue
         rotation = mean_keeping_rotation(stage.downsample.reduction.out_features)
         rotation = rotation.to(model.norm.weight.device)
         rotate_output(stage.downsample.reduction, rotation)
-        _rotate_blocks(stage.blocks, rotation)
-        if after is None:
-            rotate_reading(model.norm, [model.head.fc], rotation)
-        else:  # a merging reads four neighbours at a time
-            rotate_reading(after.downsample.norm, [after.downsample.reduction], torch.block_diag(*[rotation] * 4))
+        _rotate_writers(stage.blocks, rotation)
+        for norm, readers, padded in readings:
+            rotate_reading(norm, readers, rotation, padded)
+        rotate_reading(*last, torch.block_diag(*[rotation] * 4) if after else rotation)  # a merging reads 4 neighbours
 
 
-def _rotate_blocks(blocks: nn.Module, rotation: Tensor) -> None:
+def _readings(blocks: nn.Module) -> list[Reading]:
+    """The norms of blocks with what reads them; Swin pads the output of the first where windows do not fill a stage."""
+    readings: list[Reading] = []
     for block in blocks:
-        rotate_reading(block.norm1, [block.attn.qkv], rotation)
-        rotate_reading(block.norm2, [block.mlp.fc1], rotation)
+        window = zip(getattr(block, "input_resolution", ()), getattr(block, "window_size", ()), strict=True)
+        readings.append((block.norm1, [block.attn.qkv], any(side % width for side, width in window)))
+        readings.append((block.norm2, [block.mlp.fc1], False))
+    return readings
+
+
+def _can_be_folded(reading: Reading) -> bool:
+    """Whether a norm's shift, if it stays there, in units of the gain, is not so large that float32 loses the rest."""
+    norm, readers, padded = reading
+    return not keeps_shift(readers, padded) or bool((norm.bias.abs() <= _LARGEST_SHIFT * norm.weight.abs()).all())
+
+
+def _rotate_writers(blocks: nn.Module, rotation: Tensor) -> None:
+    for block in blocks:
         for layer, scale in ((block.attn.proj, "ls1"), (block.mlp.fc2, "ls2")):
             fold_layer_scale(layer, getattr(block, scale, None))
             rotate_output(layer, rotation)

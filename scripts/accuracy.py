@@ -10,8 +10,8 @@ import utils.run.environment  # isort: skip
 import torch
 from torch import Tensor, nn
 
-from models import build_model, evaluation_transform
-from utils.data import Images, validation_images
+from models import build_model, class_names, evaluation_transform, normalization
+from utils.data import UNREADABLE, Images, check_dataset, validation_images
 from utils.images import load_images
 from utils.options import add_checkpoint, add_model, bit_width
 from utils.outputs import CPU_BATCH
@@ -36,15 +36,20 @@ def open_case(options: Namespace) -> tuple[torch.device, nn.Module, Tensor, tupl
     """The device, the float model on it, the images to calibrate with, and validation images with their labels."""
     device = pick_device(options.device)
     model = build_model(options.model, options.checkpoint).to(device)
-    calibration = load_images(options.images, model.patch_embed.img_size)["images"]
-    transform = evaluation_transform(model)
-    data = validation_images(options.dataset, transform, model.num_classes, limit=options.limit)
+    calibration = load_images(options.images, model.patch_embed.img_size, *normalization(model))["images"]
+    check_dataset(options.dataset, ["val"])
+    if not model.num_classes:
+        raise InputError(f"--model {options.model}: expected a model with a classifier; it has none")
+    transform, names = evaluation_transform(model), class_names(model)
+    data = validation_images(options.dataset, transform, model.num_classes, limit=options.limit, names=names)
     return device, model, calibration, decoded(data)
 
 
 def decoded(data: Images) -> tuple[Tensor, Tensor]:
     """All images of a split and their labels: (B, 3, H, W) and (B,)."""
     items = [data[index] for index in range(len(data))]
+    if unreadable := [data.files[index] for _, label, index in items if label == UNREADABLE]:
+        raise InputError(f"{len(unreadable)} images are not readable ({', '.join(unreadable[:3])}); remove them")
     return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
 
 

@@ -8,6 +8,7 @@ only latencies are measured; for these --random NAME exports a model with random
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -52,6 +53,7 @@ BATCH_SIZES = (1, 8)
 SECONDS = 15.0  # of measuring, for each batch size
 TURN = 0.2  # seconds of a model in a round, before it is the other's turn
 # ONNX Runtime's operators for products, after its optimisation
+ABOUT = ("tag", "num_classes", "img_size", "transform")  # by which files of one model are known
 INTEGER = {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"}
 
@@ -170,16 +172,24 @@ def measure_accuracy(models: dict[str, Callable[[Tensor], Tensor]], loader: Data
     }
 
 
+def check_same(path: Path, found: dict, expected: dict, keys: tuple[str, ...]) -> None:
+    """Refuse a file whose header says that it is of another model than the ONNX file's."""
+    for key in keys:
+        if key in found and key in expected and json.loads(json.dumps(found[key])) != expected[key]:
+            raise InputError(f"{path}: of another model: expected {key} {expected[key]}; got {found[key]}")
+
+
 def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None, threads: int) -> dict:
     """All that is measured of one file, with the machine and the versions."""
     import onnx
     import onnxruntime
 
-    float_path = path.with_suffix(".float.onnx")
+    float_path, header = path.with_suffix(".float.onnx"), read_onnx_header(path)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {"onnx": open_session(path, threads, Path(folder) / "optimized.onnx")}
         products = count_products(onnx.load(Path(folder) / "optimized.onnx").graph)
     if float_path.is_file():
+        check_same(float_path, read_onnx_header(float_path), header, ABOUT)
         sessions["float"] = open_session(float_path, threads)
     results = {
         "file": path.name,
@@ -192,7 +202,8 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
     if loader:
         models = {name: _predictor(session) for name, session in sessions.items()}
         if simulated:
-            models["simulated"] = load_quantized(simulated)[0]
+            models["simulated"], about = load_quantized(simulated)
+            check_same(simulated, about, header, (*ABOUT, "bits", "recipe"))
         results |= measure_accuracy(models, loader)
     versions = utils.run.environment.versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return results | {"threads": threads, "machine": machine_name(), "versions": versions}
@@ -234,9 +245,11 @@ def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     dataset = options.dataset or DATASETS.get(header["model"])
     if not dataset:
         return None
+    if not header["num_classes"]:
+        raise InputError(f"--dataset: {options.file} has no classifier, of which an accuracy would be")
     dataset = find_dataset(dataset)
-    transform = create_transform(**header["transform"], is_training=False)
-    images = validation_images(dataset, transform, header["num_classes"], limit=options.limit)
+    transform, names = create_transform(**header["transform"], is_training=False), header.get("class_names")
+    images = validation_images(dataset, transform, header["num_classes"], limit=options.limit, names=names)
     return image_loader(images, 50, min(16, available_cores()))
 
 

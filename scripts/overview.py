@@ -21,12 +21,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from models import build_model, evaluation_transform, normalization
+from quant.families import ATTENTION
 from utils.attention import attention_outputs
 from utils.data import Images
 from utils.entropy import gaussian_kernel, patch_similarity, patch_similarity_entropy, patch_tokens
 from utils.images import draw_noise, load_images
 from utils.photographs import find_dataset
-from utils.run.errors import exit_cleanly
+from utils.run.errors import InputError, exit_cleanly
 
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#1d4ed8"
 
@@ -42,7 +43,13 @@ def main() -> None:
 
     model = build_model(options.model).requires_grad_(False)
     size = model.patch_embed.img_size
-    tensors = load_images(options.run / "images.safetensors", size)
+    tensors = load_images(options.run / "images.safetensors", size, *normalization(model))
+    for option, value, there in (
+        ("image", options.image, len(tensors["images"])),
+        ("block", options.block, sum(isinstance(module, ATTENTION) for module in model.modules())),
+    ):
+        if not 0 <= value < there:
+            raise InputError(f"--{option}: expected 0 to {there - 1}; got {value}")
     label = int(tensors["labels"][options.image])
     val = Images(find_dataset("demo"), "val", evaluation_transform(model))
     count = len(tensors["images"])

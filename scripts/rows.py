@@ -76,7 +76,11 @@ def row_of(results: dict) -> dict:
 def main() -> None:
     match sys.argv[1:]:
         case ["add", path, results]:
-            append_row(Path(path), row_of(json.loads(Path(results).read_text())))
+            try:
+                row = row_of(json.loads(Path(results).read_text()))
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise InputError(f"{results}: expected the results.json of a run ({error!r})") from error
+            append_row(Path(path), row)
         case ["fail", path, *values] if len(values) == len(KEY) + 1:
             append_row(Path(path), dict(zip((*KEY, "error"), values, strict=True)))
         case ["has", path, *key] if len(key) == len(KEY):

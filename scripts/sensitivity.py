@@ -17,7 +17,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 from torch import Tensor, nn
 
-from models import build_model
+from models import build_model, normalization
 from quant import calibrate, quantize_model, quantizer_bits
 from utils.evaluate import compare
 from utils.images import load_images
@@ -76,7 +76,9 @@ def main() -> None:
         check_writable(options.plot.parent)
     device = pick_device(options.device)
     model = build_model(options.model, options.checkpoint).to(device)
-    images = load_images(options.images, model.patch_embed.img_size)["images"]
+    if not model.num_classes:
+        raise InputError(f"--model {options.model}: expected a model with a classifier, whose logits tell; it has none")
+    images = load_images(options.images, model.patch_embed.img_size, *normalization(model))["images"]
     if len(images) < 2:
         raise InputError(f"--images {options.images}: expected at least 2 images; got {len(images)}")
     rows = measure(model, images, options.by, options.w_bit, options.a_bit)

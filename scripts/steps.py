@@ -70,7 +70,7 @@ class Subject:
         """Images (count, 3, H, W), and the CPU's seconds for one of them; None if they were in the folder."""
         path = folder / f"{self.name}-{seed}-{steps}x{count}.safetensors"
         if path.is_file():
-            return load_images(path, self.model.patch_embed.img_size)["images"], None
+            return load_images(path, self.model.patch_embed.img_size, *normalization(self.model))["images"], None
         start = time.process_time()  # not of the clock, which other processes slow down
         images = generate_data(self.model, count, seed, GenerationSettings(steps=steps))
         seconds = (time.process_time() - start) / count

@@ -27,7 +27,9 @@ from scripts.rows import read_rows
 
 
 def main() -> None:
-    check = "--check" in sys.argv[1:]
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
+    check = bool(sys.argv[1:])
     for name, (table, page, read) in TABLES.items():
         text = (ROOT / page).read_text()
         begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"

@@ -26,7 +26,7 @@ import utils.run.environment  # isort: skip
 import torch
 from torch import Tensor
 
-from models import DATASETS, build_model, evaluation_transform, normalization, short_name
+from models import DATASETS, build_model, class_names, evaluation_transform, normalization, short_name
 from models.saved import export_onnx, require_onnx
 from quant.contrast import add_shaded, stretch
 from scripts.accuracy import decoded
@@ -88,7 +88,7 @@ class CalibrationImages:
     def generated(self, seed: int) -> Tensor:
         """The first images of the seed's file."""
         path = images_path(self.pattern, self.name, seed)
-        images = load_images(path, self.size)["images"][: self.count]
+        images = load_images(path, self.size, *self.normalization)["images"][: self.count]
         if len(images) < self.count:
             raise InputError(f"--images {path}: expected at least {self.count} images; found {len(images)}")
         return images
@@ -196,7 +196,9 @@ def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits
     real = "real" in options.kinds
     dataset = find_data(options)
     data = open_data(
-        dataset, evaluation_transform(source.model), source.model.num_classes, train=real, limit=options.limit
+        *(dataset, evaluation_transform(source.model), source.model.num_classes, real),
+        limit=options.limit,
+        names=class_names(source.model),
     )
     val = decoded(data["val"])
     images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))

@@ -18,6 +18,14 @@ def test_images_are_decoded_in_the_order_of_their_labels(image_root):
     assert images.flatten().tolist() == [90] * 10 and labels.tolist() == data.labels and len(set(data.labels)) == 10
 
 
+def test_unreadable_images_end_a_script(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a" / "0.png").write_bytes(b"broken")
+    data = validation_images(tmp_path, lambda image: torch.tensor([image.width]), 1)
+    with pytest.raises(InputError, match=r"1 images are not readable \(.*0\.png\)"):
+        accuracy.decoded(data)
+
+
 def test_predictions_do_not_depend_on_the_batch_and_ties_go_to_the_lower_class(vit, monkeypatch):
     images = torch.randn(7, 3, 32, 32)
     vit.head.bias.data -= vit(images).mean(0).detach()  # else it predicts one class

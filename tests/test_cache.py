@@ -58,6 +58,21 @@ def test_unreadable_images_stay_marked(tmp_path, images):
     assert [label for _, label, _ in (cached[0], cached[1])] == [0, UNREADABLE]
 
 
+def test_an_image_that_can_be_read_again_is_read_again(tmp_path, images):
+    folder = tmp_path / "data" / "val" / "a"
+    folder.mkdir(parents=True)
+    Image.effect_noise((9, 9), 50).convert("RGB").save(folder / "0.png")
+    whole, time = (folder / "0.png").read_bytes(), os.stat(folder / "0.png").st_mtime_ns
+    (folder / "0.png").write_bytes(bytes(len(whole)))
+    os.utime(folder / "0.png", ns=(time, time))
+    data = Images(tmp_path / "data", "val", images.transform)
+    assert CachedImages(data, tmp_path / "cache", workers=0)[0][1] == UNREADABLE
+    (folder / "0.png").write_bytes(whole)
+    os.utime(folder / "0.png", ns=(time, time))
+    image, label, _ = CachedImages(data, tmp_path / "cache", workers=0)[0]
+    assert label == 0 and torch.equal(image, data[0][0])
+
+
 def test_a_damaged_file_is_refused(images, tmp_path):
     CachedImages(images, tmp_path, workers=0)
     for path in sorted(tmp_path.iterdir()):

@@ -90,6 +90,32 @@ def test_other_patches_are_refused_and_not_resampled(small):
             build_model(name, weights, img_size=img_size)
 
 
+@pytest.mark.parametrize("name", ["pre_logits.fc.weight", "blocks.0.attn.qkv.bias"])
+def test_weights_that_timms_converter_drops_are_refused(small, name):
+    model, tag, weights = small(VIT, qkv_bias=False)
+    arguments = {"architecture": VIT, "model_args": SMALL[VIT] | {"qkv_bias": False}}
+    (weights.parent / "config.json").write_text(json.dumps(arguments))
+    assert build_model(tag, weights).blocks[0].attn.qkv.bias is None
+    torch.save(model.state_dict() | {name: torch.ones(3 * model.embed_dim)}, weights)
+    with pytest.raises(InputError, match=rf"1 that it has no place for \({name}\)"):
+        build_model(tag, weights)
+
+
+def test_integers_are_no_weights(small):
+    model, tag, weights = small(VIT)
+    torch.save({key: value.to(torch.int8) for key, value in model.state_dict().items()}, weights)
+    with pytest.raises(InputError, match="no dense floating-point tensors"):
+        build_model(tag, weights)
+
+
+def test_nan_is_not_taken_for_another_size(small):
+    model, tag, weights = small(VIT)
+    state = model.state_dict()
+    state["pos_embed"][0, 1, 2] = float("nan")
+    torch.save(state, weights)
+    assert build_model(tag, weights).pos_embed.isnan().any()  # generation names the layer
+
+
 def test_images_that_are_not_square_are_refused(small):
     _, name, weights = small(VIT, img_size=(96, 64))
     with pytest.raises(InputError, match="expected positions of a square image in pos_embed; got 24"):

@@ -198,6 +198,12 @@ def test_a_disk_too_small_is_refused_before_generation(tmp_path, image_root, mon
         ("--model deit_tiny --mode 2", "--mode 2 calibrates on real images: expected --dataset"),
         ("--model demo_vit --device cuda:99", "--device cuda:99"),
         ("--model demo_vit --output-dir test_quant.py/x", "expected a folder to write to"),
+        ("--model demo_vit --checkpoint overview.png --save ./overview.png", "expected a file that is not read, or"),
+        ("--model demo_vit --save x.float.onnx --export-onnx x.onnx", "x.float.onnx: expected a file that is not read"),
+        (
+            "--model demo_vit --output-dir docs --save docs/images.safetensors",
+            "images.safetensors: expected a file that",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_work(monkeypatch, line, message):

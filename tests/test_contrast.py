@@ -20,7 +20,8 @@ def test_each_image_spans_the_range_of_pixels_and_keeps_the_order_of_its_values(
 
 def test_an_image_of_one_value_stays():
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    flat = (torch.full((1, 3, 4, 4), 0.25) - mean) / std
+    greys = torch.arange(256)[:, None, None, None].expand(-1, 3, 4, 4) / 255
+    flat = (greys - mean) / std
     torch.testing.assert_close(stretch(flat, MEAN, STD), flat)
 
 

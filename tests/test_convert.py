@@ -18,8 +18,9 @@ from quant import (
     quantizer_bits,
 )
 from quant.families import ROOTS
-from quant.modules import QuantizedWeight
-from quant.recipes import BEST
+from quant.modules import QuantizedWeight, named_activations
+from quant.quantizers import fake_quantize_
+from quant.recipes import BEST, PAPER
 
 MODELS = {"vit_model": VisionTransformer, "swin_model": SwinTransformer}
 
@@ -242,6 +243,39 @@ def test_a_pattern_that_matches_nothing_is_refused(vit):
 def test_another_precision_than_float32_is_refused(vit, dtype):
     with pytest.raises(UnsupportedModelError, match=rf"cls_token is {dtype}; expected torch.float32"):
         quantize_model(vit.to(dtype))
+
+
+@pytest.mark.parametrize("recipe", [PAPER, BEST])
+def test_what_ends_calibration_early_leaves_the_model_uncalibrated(vit, recipe):
+    images = torch.randn(4, 3, 32, 32)
+    model = quantize_model(vit, 3, 3, recipe=recipe)
+
+    def interrupt(student):
+        student.step(0)
+        raise KeyboardInterrupt
+
+    if recipe is PAPER:  # in the second batch
+        calls = iter([None])
+        hook = model.head.register_forward_hook(lambda *_: next(calls))
+        with pytest.raises(StopIteration):
+            calibrate(model, images, batch_size=2)
+        hook.remove()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, images, learn=interrupt)
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        check_calibrated(model)
+    check_calibrated(calibrate(model, images))
+    assert all(act.scale is not None and act.kernel is fake_quantize_ for _, act in named_activations(model))
+
+
+def test_a_single_logit_is_left_in_float(vit):
+    """All its values may lie to one side of zero."""
+    vit.reset_classifier(1)
+    vit.head.bias.data.fill_(-20.0)
+    images = torch.randn(8, 3, 32, 32)
+    expected = vit(images)
+    assert (calibrate(quantize_model(vit), images)(images) - expected).abs().max() < 1
 
 
 def test_recipes_that_need_gradients_are_refused_in_inference_mode(vit):

@@ -207,6 +207,13 @@ def test_hidden_folders_are_refused_though_the_number_fits(tmp_path):
         Images(tmp_path, "val", transform).check_classes(3)
 
 
+def test_folders_are_matched_by_name_where_the_classifier_has_their_names(tmp_path, capsys):
+    make(tmp_path / "val", ["a", "b", "c"])
+    labels = [validation_images(tmp_path, transform, 3, names=names).labels for names in ("abc", "cab", "xyz", None)]
+    assert labels == [[0, 1, 2], [1, 2, 0], [0, 1, 2], [0, 1, 2]]
+    assert capsys.readouterr().err.count("class folders are matched by name") == 1
+
+
 def test_numbers_out_of_order_are_refused(tmp_path):
     make(tmp_path / "val", map(str, range(11)))
     with pytest.raises(InputError, match=r"found numbers, which sort as 0, 1, 10, \.\.\.; .*--class-map"):

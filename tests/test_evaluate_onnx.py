@@ -85,6 +85,27 @@ def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch):
             call(monkeypatch, *arguments)
 
 
+@pytest.mark.parametrize("key", ["img_size", "bits"])
+def test_files_of_another_model_are_refused(folder, monkeypatch, tmp_path, key):
+    header = read_onnx_header(folder / "m.onnx")
+    other = {**header[key], "act_input": 3} if key == "bits" else [32, 32]
+    monkeypatch.setattr(evaluate_onnx, "load_quantized", lambda path: (None, {**header, key: other}))
+    (tmp_path / "m.onnx").write_bytes((folder / "m.onnx").read_bytes())
+    loader = DataLoader([(torch.zeros(3, 64, 64), 0, 0)])
+    with pytest.raises(InputError, match=f"m.safetensors: of another model: expected {key} "):
+        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", loader, folder / "m.safetensors", 1)
+
+
+def test_a_float_file_of_another_model_is_refused(folder, monkeypatch, tmp_path):
+    graph = onnx.load(folder / "m.float.onnx")
+    (entry,) = [entry for entry in graph.metadata_props if "num_classes" in entry.value]
+    entry.value = entry.value.replace('"num_classes": 50', '"num_classes": 49')
+    onnx.save(graph, tmp_path / "m.float.onnx")
+    (tmp_path / "m.onnx").write_bytes((folder / "m.onnx").read_bytes())
+    with pytest.raises(InputError, match=r"m\.float\.onnx: of another model: expected num_classes 50; got 49"):
+        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", None, None, 1)
+
+
 def test_export_without_its_packages_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))

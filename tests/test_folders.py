@@ -100,6 +100,7 @@ def test_of_several_files_the_first_that_the_hub_has_is_taken(tmp_path, monkeypa
         hub.hub_file("someone/birds", ("config.json",))
 
 
+VIT = {"architecture": "vit_tiny_patch16_224"}
 CONFIGS = {
     "no such name": ({"architecture": "vit_nonsense"}, "unknown model 'vit_nonsense'"),
     "a source as architecture": ({"architecture": "local-dir:."}, "unknown model 'local-dir:.'"),
@@ -107,6 +108,14 @@ CONFIGS = {
     "no dictionary": ([1], "expected an object in config.json; got list"),
     "not quantized": ({"architecture": "resnet18"}, "cannot be quantized"),
     "unknown argument": ({"architecture": "vit_tiny_patch16_224", "model_args": {"x": 1}}, "has no x 1"),
+    "two means": (VIT | {"mean": [0.5, 0.5]}, r"mean: expected three numbers; got \(0.5, 0.5\)"),
+    "no deviation": (VIT | {"std": [0, 1, 1]}, "std: expected three positive numbers"),
+    "crop as text": (VIT | {"crop_pct": "0.9"}, "crop_pct: expected a positive number; got '0.9'"),
+    "interpolation": (VIT | {"interpolation": "random"}, "interpolation: expected nearest.*; got 'random'"),
+    "names": (VIT | {"label_names": 5}, "label_names: expected a list or an object; got 5"),
+    "a download": (VIT | {"model_args": {"pretrained": True}}, "expected arguments of the model; got pretrained"),
+    "grey images": (VIT | {"model_args": {"in_chans": 1}}, "expected a model of RGB images; .* reads 1 channels"),
+    "all tokens": (VIT | {"model_args": {"global_pool": ""}}, "global_pool '' gives all tokens"),
     "wrong kind": ({"architecture": "vit_tiny_patch16_224", "model_args": 5}, "not understood"),
 }
 

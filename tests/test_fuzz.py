@@ -132,7 +132,9 @@ def readers():
         ),
         "images": (
             damaged(save(tensors)) | safetensors_headers(),
-            file_reader(".safetensors", lambda path: load_images(path, (2, 2))),
+            file_reader(
+                ".safetensors", lambda path: load_images(path, (2, 2), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+            ),
         ),
         "picture": (damaged(*map(picture, ("PNG", "JPEG", "TIFF", "GIF", "WEBP"))), file_reader(".png", decode)),
         "result rows": (damaged(rows, rows * 2), file_reader(".csv", read_rows)),

@@ -16,7 +16,7 @@ def test_images_are_read_back_bit_for_bit(tmp_path):
     images, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
     told = save_images(tmp_path / "a.safetensors", MEAN, STD, images, labels=labels, held_out=images[:2].clone())
     assert (tmp_path / "a.png").is_file() and told == f"{tmp_path}/a.safetensors, and to look at: {tmp_path}/a.png"
-    tensors = load_images(tmp_path / "a.safetensors", (8, 8))
+    tensors = load_images(tmp_path / "a.safetensors", (8, 8), MEAN, STD)
     assert torch.equal(tensors["images"], images) and torch.equal(tensors["labels"], labels)
     assert torch.equal(tensors["held_out"], images[:2])
 
@@ -50,20 +50,33 @@ def test_small_images_are_enlarged_and_rows_have_eight():
 def test_files_that_do_not_fit_are_refused(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=message):
-        load_images(tmp_path / "a.safetensors", (8, 8))
+        load_images(tmp_path / "a.safetensors", (8, 8), MEAN, STD)
+
+
+def test_images_for_a_model_of_other_normalisation_are_refused(tmp_path):
+    save_images(tmp_path / "a.safetensors", MEAN, STD, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"mean 0\.5, 0\.5, 0\.5 .*; got mean 0\.4, 0\.4, 0\.4 and deviation 0\.2"):
+        load_images(tmp_path / "a.safetensors", (8, 8), MEAN + 0.1, STD)
+
+
+def test_pixels_beyond_black_and_white_are_told(tmp_path, capsys):
+    for pixels, told in ((255.0, True), (1.0, False), (0.0, False)):
+        np.save(tmp_path / "a.npy", ((torch.full((1, 3, 8, 8), pixels) - MEAN) / STD).numpy())
+        load_images(tmp_path / "a.npy", (8, 8), MEAN, STD)
+        assert ("pixels from 255.00 to 255.00, where" in capsys.readouterr().err) == told
 
 
 def test_tensors_of_other_names_are_left_out(tmp_path):
     save_file({"images": torch.zeros(1, 3, 8, 8), "mean": torch.zeros(1)}, tmp_path / "a.safetensors")
-    assert set(load_images(tmp_path / "a.safetensors", (8, 8))) == {"images"}
+    assert set(load_images(tmp_path / "a.safetensors", (8, 8), MEAN, STD)) == {"images"}
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        load_images(tmp_path / "absent", (8, 8))
+        load_images(tmp_path / "absent", (8, 8), MEAN, STD)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"generate_data\.py wrote"):
-        load_images(tmp_path / "a.png", (8, 8))
+        load_images(tmp_path / "a.png", (8, 8), MEAN, STD)
 
 
 def test_an_array_is_what_other_tools_read(tmp_path):
@@ -71,7 +84,7 @@ def test_an_array_is_what_other_tools_read(tmp_path):
     told = save_images(tmp_path / "calib.npy", mean, std, images, labels=torch.tensor([1, 2, 3]))
     array = np.load(tmp_path / "calib.npy")
     assert array.dtype == np.float32 and np.array_equal(array, images.numpy())
-    assert torch.equal(load_images(tmp_path / "calib.npy", (8, 8))["images"], images)
+    assert torch.equal(load_images(tmp_path / "calib.npy", (8, 8), mean, std)["images"], images)
     assert (tmp_path / "calib.png").is_file() and told == f"{tmp_path}/calib.npy, and to look at: {tmp_path}/calib.png"
 
 

@@ -76,6 +76,20 @@ def test_scales_biases_and_weights_are_learned_of_all_layers(model):
     assert kinds == {"weight", "bias", "scale"} and not still
 
 
+def test_logits_that_are_all_alike_teach_nothing_and_break_nothing(vit):
+    torch.nn.init.zeros_(vit.head.weight)
+    torch.nn.init.zeros_(vit.head.bias)
+    model = calibrate(quantize_model(vit, 3, 3, recipe=RECIPE), IMAGES)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_an_error_that_is_not_finite_ends_learning(vit):
+    student = student_of(vit)
+    student.images = student.images * float("inf")
+    with pytest.raises(FloatingPointError, match="learning: the error, or its gradient, is not finite"):
+        student.learn()
+
+
 def test_the_teacher_stays_what_it_is(vit):
     student = student_of(vit)
     student.learn()

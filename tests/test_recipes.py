@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import build
 from rescaling import rescale
 from timm.data import resolve_model_data_config
 
@@ -32,6 +33,15 @@ def test_inputs_of_products_are_all_that_is_placed_in_a_swin(swin):
     expected = {f"{prefix}.{name}" for prefix in blocks for name in BLOCK.split()}
     expected |= {"act_input", "layers.1.downsample.norm.act_output", "act_pooled"}
     assert set(activation_ranges(calibrate(quantize_model(swin, recipe=INPUTS), IMAGES))) == expected
+
+
+@pytest.mark.parametrize("family", ["post-norm", "swin v2", "eva, post-norm"])
+def test_norms_that_only_add_to_the_stream_are_left_in_float(family):
+    bits = quantizer_bits(quantize_model(build(family), recipe=INPUTS))
+    assert not [name for name in bits if name.endswith(("norm1.act_output", "norm2.act_output"))]
+    assert any(name.endswith("act_attn_input") for name in bits)
+    paper = quantizer_bits(quantize_model(build(family), recipe=PAPER))
+    assert [name for name in paper if name.endswith(("norm1.act_output", "norm2.act_output"))]
 
 
 @torch.no_grad()

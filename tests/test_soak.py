@@ -32,7 +32,7 @@ def test_memory_is_flat_over_200_runs(vit, image_root, tmp_path):
         generated = generate_data(vit, 2, number, settings, progress=False)
         save_images(tmp_path / "images.safetensors", *normalization(vit), images=generated)
         quantized = quantize_model(copy.deepcopy(vit), w_bit=4)
-        calibrate(quantized, load_images(tmp_path / "images.safetensors", (32, 32))["images"])
+        calibrate(quantized, load_images(tmp_path / "images.safetensors", (32, 32), *normalization(vit))["images"])
         results = evaluate({"float": vit, "quantized": quantized}, image_loader(images, 4, workers=0))
         write_json(tmp_path / "results.json", results)
         if number == WARM_UP:

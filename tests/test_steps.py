@@ -80,7 +80,8 @@ def test_images_that_are_there_are_calibrated_with(call, tmp_path, monkeypatch):
 
 
 def images_of(tmp_path, model):
-    return tmp_path / "images" / "demo_vit-3-2x2.safetensors", model.patch_embed.img_size
+    path = tmp_path / "images" / "demo_vit-3-2x2.safetensors"
+    return path, model.patch_embed.img_size, *normalization(model)
 
 
 def rows_of(**by_setting):

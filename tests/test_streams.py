@@ -54,6 +54,30 @@ def test_a_rotated_swin_is_the_same_function():
     assert not any(name.endswith("fc1.weight") for name in same if not name.startswith("layers.0."))
 
 
+@pytest.mark.parametrize("window", [3, 5])
+def test_zeros_that_windows_are_padded_with_stay_zeros(window):
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
+    model = randomize(SwinTransformer(img_size=32, patch_size=2, window_size=window, **options))
+    same = check_same_function(model, torch.randn(4, 3, 32, 32))
+    assert "layers.1.blocks.0.mlp.fc1.weight" not in same
+
+
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+def test_a_stream_whose_norms_are_dead_in_a_channel_stays(architecture):
+    torch.manual_seed(0)
+    if architecture == "vit":
+        model = randomize(VisionTransformer(**SMALL, qkv_bias=False))
+        norms, layer = [block.norm1 for block in model.blocks], "blocks.0.mlp.fc1.weight"
+    else:
+        options = {"embed_dim": 24, "depths": (1, 1, 1), "num_heads": (2, 4, 4), "num_classes": 10}
+        model = randomize(SwinTransformer(img_size=32, patch_size=2, window_size=4, **options))
+        norms, layer = [model.layers[2].downsample.norm], "layers.1.blocks.0.mlp.fc1.weight"
+    for norm in norms:
+        norm.weight.data[7], norm.bias.data[7] = 0, 1
+    assert layer in check_same_function(model, torch.randn(4, 3, 32, 32))
+
+
 @torch.no_grad()
 def test_a_large_channel_of_the_stream_is_spread(vit):
     vit.pos_embed[..., 7] += 100

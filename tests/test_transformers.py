@@ -140,6 +140,23 @@ def test_what_does_not_fit_is_refused(tmp_path, case):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("swin", {"window_size": 3}, "one window or a multiple of window_size 3; got 16 in one of them"),
+        ("swinv2", {"image_size": [32, 64]}, "image_size of a square"),
+        ("swin", {"layer_norm_eps": 0.1}, "expected layer_norm_eps 1e-5"),
+        ("beit", {"image_size": [32, 64]}, "image_size of a square, with relative positions"),
+    ],
+)
+def test_what_timm_would_compute_otherwise_is_refused(tmp_path, key, change, message):
+    write(tmp_path, key)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        build_model(f"local-dir:{tmp_path}")
+
+
 def test_weights_that_are_missing_or_unknown_are_named(tmp_path):
     write(tmp_path, "vit")
     path = tmp_path / "model.safetensors"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
-from utils.data import Images
+from utils.data import UNREADABLE, Images
 from utils.loader import Shard, image_loader
 from utils.run.distributed import first_process_first
 from utils.run.errors import InputError
@@ -47,6 +47,7 @@ class CachedImages(Dataset):
         path, pixels = _path(images, folder), _Pixels(images)
         if not path.exists():
             _write(path, pixels, workers)
+        self.images = images
         self.files, self.finish = images.files, Compose(images.transform.transforms[-2:])  # to tensor, normalise
         try:
             self.pixels, self.labels = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".labels.npy"))
@@ -57,6 +58,8 @@ class CachedImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        if self.labels[index] == UNREADABLE:  # then: its permissions, or the network, may have changed
+            return self.images[index]
         image = Image.fromarray(np.array(self.pixels[index]))
         return self.finish(image), int(self.labels[index]), index
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from utils.run.errors import InputError
+from utils.run.progress import note
 from utils.run.seeds import stream
 
 CLASS_MAP = "class-map.txt"  # in the root of a data set whose folders are some of the classes of a classifier
@@ -83,6 +84,11 @@ class Images(Dataset):
                 f"{', '.join(self.classes[:3])}, ...; give their classes with --class-map"
             )
 
+    def match_classes(self, names: Sequence[str]) -> None:
+        """Take the labels from what a classifier calls its outputs, which are the folders' names in another order."""
+        self.labels = [names.index(self.classes[label]) for label in self.labels]
+        note(f"{self.folder}: class folders are matched by name, as the model has their names in another order")
+
     def map_classes(self, path: Path, num_classes: int) -> None:
         """Take the labels from a class map instead of the order of the folders; refuse one that does not fit."""
         lines = read_class_map(path, num_classes)
@@ -101,6 +107,7 @@ def validation_images(
     class_map: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Images:
     """The validation split of a data set, with the labels of a classifier's outputs.
 
@@ -108,12 +115,16 @@ def validation_images(
         class_map: a file with the class of each folder; None for class-map.txt in `root`, if it is there and there are
             fewer folders than classes, and else for the order of the names.
         limit: take so many, drawn with the seed and spread over the classes; None for all.
+        names: what the classifier calls its outputs, if it does. Where they are the folders' names, they say which is
+            which; else it is the order of the folders.
     """
     images = Images(root, "val", transform, limit, seed)
     if not class_map and len(images.classes) < num_classes and (root / CLASS_MAP).is_file():
         class_map = root / CLASS_MAP
     if class_map:
         images.map_classes(class_map, num_classes)
+    elif names and sorted(names) == images.classes != list(names):
+        images.match_classes(names)
     else:
         images.check_classes(num_classes)
     return images
@@ -127,6 +138,7 @@ def open_data(
     class_map: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Images]:
     """The splits of a data set that a run needs, by name: val, and train where it is asked for.
 
@@ -134,7 +146,7 @@ def open_data(
     The other arguments are those of `validation_images`.
     """
     if num_classes:
-        data = {"val": validation_images(root, transform, num_classes, class_map, limit, seed)}
+        data = {"val": validation_images(root, transform, num_classes, class_map, limit, seed, names)}
     elif class_map:
         raise InputError("--class-map: orders the outputs of a classifier; the model has none")
     else:

@@ -6,15 +6,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from utils.run.errors import InputError
 from utils.run.files import new_folder, replacing
+from utils.run.progress import note
 from utils.run.seeds import stream
 
 FORMATS = (".safetensors", ".npy", "")  # of files of images; a name without suffix is a folder
+NORMALISED = "normalised with"  # what metadata call mean and standard deviation
+ROUNDING = 0.01  # of pixels from 0 to 1: bfloat16 has steps of 0.004 there
 TILE = 112  # pixels, at least; smaller images are enlarged by a whole factor
 
 
@@ -57,7 +60,10 @@ def save_images(
             np.save(draft, images.float().numpy())
         else:
             tensors = {name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}
-            draft.write_bytes(save(tensors))  # save_file would write to a draft of its own, which kill -9 leaves behind
+            about = {NORMALISED: _told(mean, std)}
+            draft.write_bytes(
+                save(tensors, about)
+            )  # save_file would write to a draft of its own, which kill -9 leaves behind
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
         labels = more["labels"].tolist() if "labels" in more else None
@@ -86,12 +92,17 @@ def save_folder(path: Path, mean: Tensor, std: Tensor, images: Tensor, labels: T
             Image.fromarray(pixels).save(folder / f"{number:05d}.png")
 
 
-def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Read the tensors that `save_images` wrote: `images` and perhaps `held_out` (B, 3, *size), `labels` (B,)."""
+def load_images(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Read the tensors that `save_images` wrote: `images` and perhaps `held_out` (B, 3, *size), `labels` (B,).
+
+    Args:
+        mean, std: (3, 1, 1) each, of the model: a file that says that its images were normalised with others is
+            refused; of pixels that are then not from 0 to 1 a line is said.
+    """
     if not path.is_file():
         raise InputError(f"--images {path}: no such file")
     try:
-        found = {"images": torch.from_numpy(np.load(path))} if path.suffix == ".npy" else load_file(path)
+        found, about = ({"images": torch.from_numpy(np.load(path))}, None) if path.suffix == ".npy" else _read(path)
         tensors = {name: tensor for name, tensor in found.items() if name in ("images", "held_out", "labels")}
     except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, EOFError) as error:
         raise InputError(f"--images {path}: expected a file that generate_data.py wrote ({error})") from error
@@ -104,11 +115,29 @@ def load_images(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
             raise InputError(f"--images {path}: expected finite floats in {name}; got {images.dtype}")
         if not (images := images.float()).isfinite().all():
             raise InputError(f"--images {path}: expected finite floats in {name}; got infinities or NaN")
+        if about not in (None, _told(mean, std)):
+            raise InputError(f"--images {path}: expected images normalised with {_told(mean, std)}; got {about}")
+        low, high = (images * std + mean).aminmax()
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            told = f"pixels from {low:.2f} to {high:.2f}, where those of photographs are from 0 to 1"
+            note(f"--images {path}: normalised with {_told(mean, std)} these are {told}")
         tensors[name] = images
     labels = tensors.get("labels")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != tensors["images"].shape[:1]):
         raise InputError(f"--images {path}: expected an int64 label for each of the {len(tensors['images'])} images")
     return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a .safetensors file, and what they were normalised with, if it says so."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, (file.metadata() or {}).get(NORMALISED)
+
+
+def _told(mean: Tensor, std: Tensor) -> str:
+    numbers = (", ".join(f"{value:.4g}" for value in values.flatten().tolist()) for values in (mean, std))
+    return "mean {} and deviation {}".format(*numbers)
 
 
 def draw_noise(count: int, size: tuple[int, int], seed: int) -> Tensor:

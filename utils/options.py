@@ -1,6 +1,7 @@
 """The command lines: of test_quant.py and generate_data.py, by groups, and options that other commands have, too."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from quant.quantizers import BIT_WIDTHS
@@ -14,6 +15,7 @@ from utils.run.options import DEVICE_HELP, Parser, natural, positive
 from utils.run.precision import LARGE, PRECISIONS
 from utils.run.record import check_place
 
+LEFT = ("images.safetensors", "images.png", "ranges.json", "results.json")  # what a run leaves in its folder
 SETTLED = ("w_bit", "a_bit", "mode", "recipe")  # by what --save has written
 
 
@@ -94,10 +96,34 @@ def check_run(options: argparse.Namespace) -> None:
             raise InputError(f"{option} {given[option]}: no such file")
     if options.plots:
         require_matplotlib()
+    check_files(
+        [options.images, options.checkpoint, options.load, options.class_map, options.dataset_archive],
+        [
+            options.save,
+            *onnx_files(options.export_onnx),
+            *(options.output_dir / name for name in LEFT * bool(options.output_dir)),
+        ],
+    )
     check_place(options.output_dir)
     for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
         if folder:
             check_writable(folder)
+
+
+def check_files(read: Sequence[Path | None], written: Sequence[Path | None]) -> None:
+    """Refuse files to write that are folders, or that are to be read or written already; None is no file."""
+    taken = {path.resolve() for path in read if path}
+    for path in filter(None, written):
+        if path.suffix and path.is_dir():
+            raise InputError(f"{path}: expected a file to write; it is a folder")
+        if path.resolve() in taken:
+            raise InputError(f"{path}: expected a file that is not read, or written, by the same command already")
+        taken.add(path.resolve())
+
+
+def onnx_files(path: Path | None) -> list[Path]:
+    """What --export-onnx writes."""
+    return [path, path.with_suffix(".float.onnx")] if path else []
 
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -130,6 +156,8 @@ def check_generation(options: argparse.Namespace) -> None:
     """Refuse options of generate_data.py that cannot work."""
     check_computation(options)
     check_format(options.output)
+    picture = [options.output.with_suffix(".png")] if options.output.suffix else []
+    check_files([options.checkpoint], [options.output, *picture])
     if options.plots:
         require_matplotlib()
     check_writable(options.output.parent)
