@@ -191,11 +191,8 @@ def _swin(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
     _expect(not config["use_absolute_embeddings"], "use_absolute_embeddings false", True)
     names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
     options = {name: tuple(value) if isinstance(value := config[name], list) else value for name in names}
-    _expect(
-        config["layer_norm_eps"] == 1e-5,
-        "layer_norm_eps 1e-5, as the norms have it that it is not for",
-        config["layer_norm_eps"],
-    )
+    eps = config["layer_norm_eps"]  # transformers leaves that of some norms at torch's
+    _expect(eps == 1e-5, "layer_norm_eps 1e-5", eps)
     side, window = config["image_size"], options["window_size"]
     _expect(isinstance(side, int), "image_size of a square", side)
     for stage in range(len(options["depths"])):  # where windows do not fill it, transformers pads before it shifts

@@ -196,13 +196,9 @@ def _outline(source: Source) -> nn.Module:
             model = build_architecture(source.tag, source.config, **source.options)
         check_supported(model)
         if (channels := model.patch_embed.proj.in_channels) != 3:
-            raise UnsupportedModelError(
-                f"expected a model of RGB images; its patch embedding reads {channels} channels"
-            )
+            raise UnsupportedModelError(f"expected a model of RGB images; it reads {channels} channels")
         if model.global_pool == "":
-            raise UnsupportedModelError(
-                "expected one feature or the logits of an image; global_pool '' gives all tokens"
-            )
+            raise UnsupportedModelError("expected one feature of an image, or logits; global_pool '' gives all tokens")
     except UnsupportedModelError as error:
         raise InputError(f"{source.tag} cannot be quantized: {error}") from error
     except _BUILD_ERRORS as error:

@@ -118,9 +118,8 @@ class Student:
         with torch.no_grad():
             expected = block_outputs(self.teacher, images)
         outputs = block_outputs(self.model, images)
-        return torch.stack(
-            [(y - t).square().mean() / t.var().clamp(min=_TINY) for y, t in zip(outputs, expected, strict=True)]
-        ).mean()
+        pairs = zip(outputs, expected, strict=True)
+        return torch.stack([(y - t).square().mean() / t.var().clamp(min=_TINY) for y, t in pairs]).mean()
 
 
 def round_learned(log_scale: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: tuple[int, int]) -> Tensor:

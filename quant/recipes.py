@@ -38,9 +38,7 @@ class Recipe:
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
         bits = {name: w_bit if name.endswith(".weight") else a_bit for name in names}
-        post_norm = {
-            f"{block}." for name in bits for block, _, end in [name.rpartition(".")] if end == "act_attn_input"
-        }
+        post_norm = {name.removesuffix("act_attn_input") for name in bits if name.endswith("act_attn_input")}
         return {
             name: max(value, EDGE_BITS) if matches(name, self.edges) else value
             for name, value in bits.items()

@@ -44,10 +44,8 @@ def main() -> None:
     model = build_model(options.model).requires_grad_(False)
     size = model.patch_embed.img_size
     tensors = load_images(options.run / "images.safetensors", size, *normalization(model))
-    for option, value, there in (
-        ("image", options.image, len(tensors["images"])),
-        ("block", options.block, sum(isinstance(module, ATTENTION) for module in model.modules())),
-    ):
+    layers = sum(isinstance(module, ATTENTION) for module in model.modules())
+    for option, value, there in (("image", options.image, len(tensors["images"])), ("block", options.block, layers)):
         if not 0 <= value < there:
             raise InputError(f"--{option}: expected 0 to {there - 1}; got {value}")
     label = int(tensors["labels"][options.image])

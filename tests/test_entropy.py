@@ -89,7 +89,7 @@ def test_equal_patches_have_finite_entropy_and_gradient(features):
 
 
 def test_windows_of_one_token_are_refused():
-    with pytest.raises(InputError, match="expected 2 or more in each"):
+    with pytest.raises(InputError, match="expected 2 in each"):
         patch_similarity_entropy(torch.randn(4, 2, 1, 3), 1)
 
 

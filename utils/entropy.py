@@ -40,9 +40,7 @@ def patch_similarity_entropy(features: Tensor, num_images: int) -> Tensor:
         InputError: there is no token beside token 0.
     """
     if features.shape[2] < 2:
-        raise InputError(
-            "patches are compared within a window; expected 2 or more in each, as larger images have; got 1"
-        )
+        raise InputError("patches are compared within a window: expected 2 in each, as larger images have; got 1")
     return PatchEntropy.apply(features, num_images)
 
 

@@ -60,10 +60,8 @@ def save_images(
             np.save(draft, images.float().numpy())
         else:
             tensors = {name: tensor.contiguous() for name, tensor in {"images": images, **more}.items()}
-            about = {NORMALISED: _told(mean, std)}
-            draft.write_bytes(
-                save(tensors, about)
-            )  # save_file would write to a draft of its own, which kill -9 leaves behind
+            # save_file would write to a draft of its own, which kill -9 leaves behind
+            draft.write_bytes(save(tensors, {NORMALISED: _told(mean, std)}))
     picture = path.with_suffix(".png")
     with replacing(picture) as draft:
         labels = more["labels"].tolist() if "labels" in more else None
