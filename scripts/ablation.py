@@ -23,7 +23,7 @@ from quant import calibrate, quantize_model
 from quant.recipes import BEST, INPUTS, LEARNED, PAPER, Recipe
 from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, parse_bits, predict
 from scripts.pages.cells import read_csv
-from scripts.rows import append_row
+from scripts.rows import append_row, check_rows
 from utils.run.errors import exit_cleanly
 from utils.run.options import Parser, natural
 from utils.run.precision import float32_products
@@ -75,6 +75,8 @@ def main() -> None:
     add("--seed", type=natural, default=0, metavar="N", help="seed of the images, for the rows (0)")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/recipes.csv)")
     options = parser.parse_args()
+    check_rows(options.rows, COLUMNS)
+    widths = list(dict.fromkeys(map(parse_bits, options.bits)))
     device, model, calibration, val = open_case(options)
     # Another number than the recipe's own is another line of the tables
     labels = {name: named(name, recipe, len(calibration)) for name, recipe in variants().items()}
@@ -84,10 +86,10 @@ def main() -> None:
         "calibration_images": len(calibration),
     } | origin(device)
     done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_csv(options.rows)}
-    for text in options.bits:
-        w_bit, a_bit = parse_bits(text)
+    for w_bit, a_bit in widths:
         about_bits = (options.model, str(w_bit), str(a_bit))
-        names = [name for name in options.recipes if (*about_bits, labels[name], str(options.seed)) not in done]
+        recipes = dict.fromkeys(options.recipes)
+        names = [name for name in recipes if (*about_bits, labels[name], str(options.seed)) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 append_row(options.rows, about | row | {"recipe": labels[row["recipe"]]}, COLUMNS)

@@ -14,7 +14,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 from quant import calibrate, quantize_model
 from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, predict
-from scripts.rows import append_row
+from scripts.rows import append_row, check_rows
 from utils.run.errors import exit_cleanly
 from utils.run.options import Parser
 from utils.run.precision import float32_products, model_products
@@ -29,6 +29,7 @@ def main() -> None:
     add = parser.add_argument
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/bf16.csv)")
     options = parser.parse_args()
+    check_rows(options.rows, COLUMNS)
     device, model, calibration, (images, labels) = open_case(options)
     with float32_products():
         forms = {"float": model, "W8/A8": calibrate(quantize_model(copy.deepcopy(model)), calibration)}

@@ -184,12 +184,16 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
     import onnx
     import onnxruntime
 
-    float_path, header = path.with_suffix(".float.onnx"), read_onnx_header(path)
+    float_path, header, models = path.with_suffix(".float.onnx"), read_onnx_header(path), {}
+    if simulated:
+        models["simulated"], about = load_quantized(simulated)
+        check_same(simulated, about, header, (*ABOUT, "bits", "recipe"))
+    if float_path.is_file():
+        check_same(float_path, read_onnx_header(float_path), header, ABOUT)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {"onnx": open_session(path, threads, Path(folder) / "optimized.onnx")}
         products = count_products(onnx.load(Path(folder) / "optimized.onnx").graph)
     if float_path.is_file():
-        check_same(float_path, read_onnx_header(float_path), header, ABOUT)
         sessions["float"] = open_session(float_path, threads)
     results = {
         "file": path.name,
@@ -200,10 +204,7 @@ def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None,
         "latency_ms": {size: measure_latency(_calls(sessions, size)) for size in BATCH_SIZES},
     }
     if loader:
-        models = {name: _predictor(session) for name, session in sessions.items()}
-        if simulated:
-            models["simulated"], about = load_quantized(simulated)
-            check_same(simulated, about, header, (*ABOUT, "bits", "recipe"))
+        models = {name: _predictor(session) for name, session in sessions.items()} | models
         results |= measure_accuracy(models, loader)
     versions = utils.run.environment.versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return results | {"threads": threads, "machine": machine_name(), "versions": versions}

@@ -10,25 +10,23 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
-
-from models import build_model, evaluation_transform, normalization
+from models import DATASETS, build_model, evaluation_transform, normalization
 from quant.families import ATTENTION
 from utils.attention import attention_outputs
 from utils.data import Images
 from utils.entropy import gaussian_kernel, patch_similarity, patch_similarity_entropy, patch_tokens
-from utils.images import draw_noise, load_images
+from utils.images import check_picture, draw_noise, load_images
 from utils.photographs import find_dataset
+from utils.plots import require_matplotlib
 from utils.run.errors import InputError, exit_cleanly
 
+plt = require_matplotlib()
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#1d4ed8"
 
 
@@ -40,6 +38,9 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=3, metavar="N", help="generated image to show (3)")
     parser.add_argument("--output", type=Path, default=ROOT / "overview.png", metavar="FILE")
     options = parser.parse_args()
+    check_picture("--output", options.output)
+    if options.model not in DATASETS:
+        raise InputError(f"--model: expected {', '.join(DATASETS)}, which have a data set; got {options.model}")
 
     model = build_model(options.model).requires_grad_(False)
     size = model.patch_embed.img_size
@@ -49,7 +50,7 @@ def main() -> None:
         if not 0 <= value < there:
             raise InputError(f"--{option}: expected 0 to {there - 1}; got {value}")
     label = int(tensors["labels"][options.image])
-    val = Images(find_dataset("demo"), "val", evaluation_transform(model))
+    val = Images(find_dataset(DATASETS[options.model]), "val", evaluation_transform(model))
     count = len(tensors["images"])
     kinds = {
         "real image": torch.stack([val[i][0] for i in torch.arange(0, len(val), len(val) // count)[:count].tolist()]),

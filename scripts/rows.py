@@ -1,6 +1,7 @@
 """Result rows: one run of test_quant.py, one line of a CSV file. Used by scripts/sweep.sh and scripts/tables.py.
 
-python scripts/rows.py has  ROWS MODEL W_BIT A_BIT MODE SEED    exit code 0 if the run is there, and did not fail
+python scripts/rows.py has  ROWS MODEL W_BIT A_BIT MODE SEED    exit code 0 if the run is there, and did not fail;
+                                                                 1 if it is not; 2 if ROWS will not do
 python scripts/rows.py add  ROWS results.json
 python scripts/rows.py fail ROWS MODEL W_BIT A_BIT MODE SEED REASON
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.run.errors import InputError, exit_cleanly
+from utils.run.files import check_writable
 
 KEY = ("model", "w_bit", "a_bit", "mode", "seed")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")
@@ -38,6 +40,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         if None in row or None in row.values() or not {*KEY, *VALUES, "error"} <= row.keys():
             raise InputError(f"{path}: row {number} does not have the columns {', '.join(COLUMNS)}")
     return list({tuple(row[key] for key in KEY): row for row in rows}.values())
+
+
+def check_rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
+    """Refuse a file to which rows cannot be appended, before they are measured: its folder is made, if need be."""
+    check_writable(path.parent)
+    try:
+        with path.open("r+", newline="", encoding="utf-8") as file:
+            found = file.readline().strip()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a file of rows that can be written ({error})") from error
+    if found != ",".join(columns):
+        raise InputError(f"{path}: expected the columns {','.join(columns)}; got {found[:80] or 'none'}")
 
 
 def append_row(path: Path, row: dict, columns: tuple[str, ...] = COLUMNS) -> None:
@@ -84,6 +100,7 @@ def main() -> None:
         case ["fail", path, *values] if len(values) == len(KEY) + 1:
             append_row(Path(path), dict(zip((*KEY, "error"), values, strict=True)))
         case ["has", path, *key] if len(key) == len(KEY):
+            check_rows(Path(path))
             done = {tuple(row[key] for key in KEY) for row in read_rows(Path(path)) if not row["error"]}
             sys.exit(0 if tuple(key) in done else 1)
         case _:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models import build_model, normalization
 from quant import calibrate, quantize_model, quantizer_bits
 from utils.evaluate import compare
-from utils.images import load_images
+from utils.images import check_picture, load_images
 from utils.options import add_bits, add_checkpoint, add_model
 from utils.plots import plot_sensitivity, require_matplotlib
 from utils.run.errors import InputError, exit_cleanly
@@ -73,6 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         require_matplotlib()
+        check_picture("--plot", options.plot)
         check_writable(options.plot.parent)
     device = pick_device(options.device)
     model = build_model(options.model, options.checkpoint).to(device)

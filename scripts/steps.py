@@ -28,9 +28,9 @@ from quant import calibrate, quantize_model
 from scripts.accuracy import ORIGIN, decoded, measure, origin, predict
 from scripts.pages.cells import read_csv
 from scripts.pages.steps import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, setting_top1
-from scripts.rows import append_row
+from scripts.rows import append_row, check_rows
 from utils.data import validation_images
-from utils.images import load_images, save_images
+from utils.images import check_picture, load_images, save_images
 from utils.photographs import find_dataset
 from utils.plots import COLOURS, MUTED, require_matplotlib
 from utils.run.errors import InputError, exit_cleanly
@@ -159,7 +159,9 @@ def main() -> None:
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="CSV file to append to (scripts/results/steps.csv)")
     add("--plot", type=Path, metavar="FILE", help="draw the rows into a .png file, and measure nothing")
     options = parser.parse_args()
+    check_rows(options.rows, COLUMNS)
     if options.plot:
+        check_picture("--plot", options.plot)
         if not (rows := read_csv(options.rows)):
             raise InputError(f"--rows {options.rows}: expected rows to draw; found none")
         plot(options.plot, rows)

@@ -33,7 +33,7 @@ from scripts.accuracy import decoded
 from scripts.evaluate_onnx import BATCH_SIZES, machine_name, measure_latency
 from scripts.pages.cells import read_csv
 from scripts.pages.toolkits import KINDS
-from scripts.rows import append_row
+from scripts.rows import append_row, check_rows
 from scripts.runtimes import FAST, RUNTIMES, Bits, FloatModel, Predict, Program
 from scripts.vendors import EIGHT, TOOLKITS, Quantize, Toolkit
 from utils.data import Images, draw_images, open_data
@@ -321,6 +321,10 @@ def main() -> None:
     options = parser.parse_args()
     require_onnx()
     check_options(options)
+    if options.latency:
+        check_rows(options.latency_rows, LATENCY_COLUMNS)
+    else:
+        check_rows(options.rows, COLUMNS)
     toolkits = installed(options.toolkit)
     logging.disable(logging.WARNING)  # of what toolkits think of every norm
     for name in options.model:

@@ -7,7 +7,6 @@ initial weights follow from the seed. Two models at once, a thread each, is how 
 
 import json
 import math
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -219,15 +218,13 @@ class Fractals:
 def render_training_images(path: Path, workers: int) -> np.ndarray:
     """Render the training images once into a file of about 740 MB; returns (ROUNDS, classes, size, size, 3)."""
     if not path.exists():
-        draft = path.with_name(f".{os.getpid()}.npy")
         shape = (ROUNDS, fractals.NUM_CLASSES, fractals.IMAGE_SIZE, fractals.IMAGE_SIZE, 3)
-        images = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-        with ProcessPoolExecutor(workers) as pool:
+        with replacing(path) as draft, ProcessPoolExecutor(workers) as pool:
+            images = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
             rendered = pool.map(fractals.render_round, ["training"] * ROUNDS, range(ROUNDS))
             for index, images_of_round in enumerate(rendered):
                 images[index] = images_of_round
-        images.flush()
-        os.replace(draft, path)
+            images.flush()
     return np.load(path)
 
 

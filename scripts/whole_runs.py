@@ -9,6 +9,7 @@ is appended to --rows. Data sets are there before the clock starts.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from models import DATASETS, build_model
 from quant.recipes import RECIPES
 from scripts.accuracy import ORIGIN, origin
-from scripts.rows import append_row
+from scripts.rows import append_row, check_rows
 from utils.photographs import find_dataset
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.options import Parser, pick_device, positive
@@ -80,6 +81,8 @@ def main() -> None:
     add("--limit", type=positive, metavar="N", help="evaluate on N images (all)")
     add("--rows", type=Path, default=ROWS, metavar="FILE", help="append to it (scripts/results/whole_runs.csv)")
     options = parser.parse_args()
+    check_rows(options.rows, COLUMNS)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the run would go on alone
     more = ["--recipe", options.recipe, "--steps", str(options.steps)]
     more += ["--limit", str(options.limit)] if options.limit else []
     for name in options.model:

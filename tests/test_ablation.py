@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 from models import build_model
@@ -9,6 +10,17 @@ from scripts import ablation
 from scripts.pages.cells import read_csv
 from scripts.pages.recipes import recipes_table
 from utils.images import draw_noise, save_images
+from utils.run.errors import InputError
+
+
+@pytest.mark.parametrize(("bits", "rows"), [("4/9", "rows.csv"), ("8/8", "there")])
+def test_what_cannot_be_measured_or_kept_is_refused_before_any_work(tmp_path, monkeypatch, bits, rows):
+    monkeypatch.setattr(ablation, "open_case", lambda options: pytest.fail("builds the model"))
+    (tmp_path / "there").mkdir()
+    line = ["--dataset", ".", "--images", "x.npy", "--bits", "8/8", bits, "--rows", tmp_path / rows]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, line)])
+    with pytest.raises(InputError, match=r"--bits: expected W/A, as 4/8; got '4/9'|there: not a file of rows"):
+        ablation.main()
 
 
 def test_recipes_are_measured_once(tmp_path, image_root, monkeypatch):

@@ -77,6 +77,7 @@ def test_saved_images_replace_generation(tmp_path, image_root):
     images = tmp_path / "a" / "images.safetensors"
     second = quick("--dataset", image_root, "--output-dir", tmp_path / "b", "--images", images, "--steps", 400)
     assert second["top1"] == first["top1"] and second["calibration_images"] == 4
+    assert (first["precision"], second["precision"]) == ("fp32", None)  # of what another run made nothing is known
     assert (tmp_path / "a" / "ranges.json").read_bytes() == (tmp_path / "b" / "ranges.json").read_bytes()
 
 

@@ -91,9 +91,8 @@ def test_files_of_another_model_are_refused(folder, monkeypatch, tmp_path, key):
     other = {**header[key], "act_input": 3} if key == "bits" else [32, 32]
     monkeypatch.setattr(evaluate_onnx, "load_quantized", lambda path: (None, {**header, key: other}))
     (tmp_path / "m.onnx").write_bytes((folder / "m.onnx").read_bytes())
-    loader = DataLoader([(torch.zeros(3, 64, 64), 0, 0)])
     with pytest.raises(InputError, match=f"m.safetensors: of another model: expected {key} "):
-        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", loader, folder / "m.safetensors", 1)
+        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", None, folder / "m.safetensors", 1)
 
 
 def test_a_float_file_of_another_model_is_refused(folder, monkeypatch, tmp_path):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from safetensors.torch import save_file
 from torchvision.datasets import ImageFolder
 
 from models import evaluation_transform, normalization, resized_size
-from utils.images import draw_grid, load_images, save_folder, save_images
+from utils.images import check_picture, draw_grid, load_images, save_folder, save_images
 from utils.run.errors import InputError
 
 MEAN, STD = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
@@ -64,6 +66,12 @@ def test_pixels_beyond_black_and_white_are_told(tmp_path, capsys):
         np.save(tmp_path / "a.npy", ((torch.full((1, 3, 8, 8), pixels) - MEAN) / STD).numpy())
         load_images(tmp_path / "a.npy", (8, 8), MEAN, STD)
         assert ("pixels from 255.00 to 255.00, where" in capsys.readouterr().err) == told
+
+
+def test_pictures_are_png_files(tmp_path):
+    check_picture("--plot", tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"--plot: expected a name that ends in \.png; got a\.txt"):
+        check_picture("--plot", Path("a.txt"))
 
 
 def test_tensors_of_other_names_are_left_out(tmp_path):

@@ -121,15 +121,34 @@ def sweep(tmp_path, image_root, bits):
 
 def test_sweep_keeps_rows_skips_what_is_there_and_goes_on_after_a_failure(tmp_path, image_root):
     process = sweep(tmp_path, image_root, "9/9 8/8")
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 1, process.stderr
     with (tmp_path / "rows.csv").open(newline="") as file:
         found = {(row["w_bit"], row["mode"]): row for row in csv.DictReader(file)}
     assert set(found) == {("9", "0"), ("8", "0"), ("9", "1"), ("8", "1")}
     assert "expected 2 to 8" in found["9", "0"]["error"] and found["9", "0"]["top1"] == ""
     assert found["8", "1"]["error"] == "" and 0 <= float(found["8", "1"]["top1"]) <= 100
-    assert (tmp_path / "runs" / "demo_vit_seed0.safetensors").is_file()
+    (images,) = (tmp_path / "runs").glob("demo_vit_seed0_*.safetensors")
+    assert images.stem.rpartition("_")[2].isdecimal()  # of the options
     again = sweep(tmp_path, image_root, "8/8")
     assert again.returncode == 0 and again.stdout == ""
+
+
+def test_sweep_ends_where_rows_cannot_be_kept(tmp_path, image_root):
+    (tmp_path / "rows.csv").write_text("model,other\ndemo_vit,1\n")
+    process = sweep(tmp_path, image_root, "8/8")
+    assert process.returncode == 2 and process.stdout == ""
+    assert "expected the columns model,w_bit" in process.stderr
+    assert (tmp_path / "rows.csv").read_text() == "model,other\ndemo_vit,1\n"
+
+
+def test_rows_that_cannot_be_appended_are_refused_before_they_are_measured(tmp_path):
+    rows.check_rows(tmp_path / "new" / "rows.csv")
+    rows.append_row(tmp_path / "new" / "rows.csv", {"model": "demo_vit"})
+    rows.check_rows(tmp_path / "new" / "rows.csv")
+    with pytest.raises(InputError, match="expected the columns a,b; got model,w_bit"):
+        rows.check_rows(tmp_path / "new" / "rows.csv", ("a", "b"))
+    with pytest.raises(InputError, match="not a file of rows that can be written"):
+        rows.check_rows(tmp_path / "new")
 
 
 def test_sweep_explains_itself():

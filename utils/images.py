@@ -30,6 +30,12 @@ def check_format(path: Path) -> None:
         raise InputError(f"--output {path}: expected a folder that is not there yet; it is")
 
 
+def check_picture(option: str, path: Path) -> None:
+    """Refuse a name for a picture that is not one of a .png file."""
+    if path.suffix != ".png":
+        raise InputError(f"{option}: expected a name that ends in .png; got {path}")
+
+
 def save_images(
     path: Path,
     mean: Tensor,

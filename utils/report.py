@@ -25,7 +25,7 @@ def collect(
 
     Args:
         tag: of the model, exactly.
-        precision: of generation's products.
+        precision: of generation's products, if the images are of this run.
         images: those that were calibrated on.
         measured: what utils.evaluate returned.
     """
@@ -50,7 +50,7 @@ def collect(
         "skipped": skipped if options.skip_layers else [],
         "unreadable": measured.get("unreadable", []),
         "calibration_images": len(images),
-        "precision": precision if options.mode == 0 else None,
+        "precision": precision if options.mode == 0 and not options.images else None,
     }
 
 
