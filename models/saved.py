@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from quant.onnx import to_onnx
 from quant.recipes import PAPER, Recipe
 from utils.run.distributed import by_first
 from utils.run.errors import InputError
-from utils.run.files import replacing
+from utils.run.files import read_tensors, replacing
 
 FORMAT_VERSION = 1
 _KEY = "psaq-vit"  # of the header among safetensors' metadata
@@ -123,9 +123,8 @@ def load_quantized(path: Path) -> tuple[nn.Module, dict]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        state, about = read_tensors(path)
+        header = json.loads(about.get(_KEY, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: expected a whole file that --save wrote; got a damaged one ({error})") from error
     version = header.get("format_version")

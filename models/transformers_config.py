@@ -148,9 +148,8 @@ def _vit(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
     }
     if kind == "beit":
         _expect(act == "gelu", "hidden_act gelu", act)
-        tables = config["use_relative_position_bias"] or config["use_shared_relative_position_bias"]
-        square = isinstance(config["image_size"], int) or len(set(config["image_size"])) == 1
-        _expect(square or not tables, "image_size of a square, with relative positions", config["image_size"])
+        if config["use_relative_position_bias"] or config["use_shared_relative_position_bias"]:
+            _side(config)
         options |= {
             "use_abs_pos_emb": config["use_absolute_position_embeddings"],
             "use_rel_pos_bias": config["use_relative_position_bias"],
@@ -193,8 +192,7 @@ def _swin(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
     options = {name: tuple(value) if isinstance(value := config[name], list) else value for name in names}
     eps = config["layer_norm_eps"]  # transformers leaves that of some norms at torch's
     _expect(eps == 1e-5, "layer_norm_eps 1e-5", eps)
-    side, window = config["image_size"], options["window_size"]
-    _expect(isinstance(side, int), "image_size of a square", side)
+    side, window = _side(config), options["window_size"]
     for stage in range(len(options["depths"])):  # where windows do not fill it, transformers pads before it shifts
         places = side // config["patch_size"] // 2**stage
         filled = places <= window or places % window == 0
@@ -203,6 +201,14 @@ def _swin(kind: str, task: str, config: dict[str, Any]) -> tuple[str, dict]:
         return "swin_base_patch4_window7_224", options
     sizes = tuple(config["pretrained_window_sizes"])[: len(options["depths"])]
     return "swinv2_base_window8_256", options | {"pretrained_window_sizes": sizes}
+
+
+def _side(config: dict[str, Any]) -> int:
+    """The side of the images of a model whose relative positions timm has as transformers does for squares alone."""
+    size = config["image_size"]
+    sides = {size} if isinstance(size, int) else set(size)
+    _expect(len(sides) == 1, "image_size of a square, with relative positions", size)
+    return sides.pop()
 
 
 def _expect(met: bool, expected: str, got: Any) -> None:

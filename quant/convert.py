@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -71,7 +70,7 @@ def check_patterns(model: nn.Module, recipe: Recipe, skip: Sequence[str]) -> Non
     swapped = swap_layers(copy.deepcopy(model, weights), recipe)  # which shares them
     names = list(recipe.assign(quantizer_bits(swapped), FLOAT_BITS, FLOAT_BITS))
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             raise ValueError(f"'{pattern}' matches no quantizer; there are {', '.join(names[:4])}, ...")
 
 

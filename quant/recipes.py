@@ -38,21 +38,14 @@ class Recipe:
     def assign(self, names: Iterable[str], w_bit: int, a_bit: int) -> dict[str, int]:
         """Bits of every quantizer that is placed, by name: of `names`, all weights and the activations of `points`."""
         bits = {name: w_bit if name.endswith(".weight") else a_bit for name in names}
-        post_norm = {name.removesuffix("act_attn_input") for name in bits if name.endswith("act_attn_input")}
+        # Norms at the end of what a block adds: where its products have inputs of their own, nothing else reads them.
+        inputs = [name for name in bits if name.endswith(".act_attn_input") and matches(name, self.points)]
+        added = tuple(name.replace("act_attn_input", "norm[12].act_output") for name in inputs)
         return {
             name: max(value, EDGE_BITS) if matches(name, self.edges) else value
             for name, value in bits.items()
-            if name.endswith(".weight") or (matches(name, self.points) and not self.only_adds(name, post_norm))
+            if name.endswith(".weight") or (matches(name, self.points) and not matches(name, added))
         }
-
-    def only_adds(self, name: str, post_norm: set[str]) -> bool:
-        """Whether an activation is a norm's output that goes into the stream alone, which the recipe leaves in float.
-
-        Args:
-            post_norm: with what names begin in blocks that normalise what they add.
-        """
-        block, norm, _ = name.rpartition("norm")
-        return bool(norm) and block in post_norm and matches(f"{block}act_attn_input", self.points)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

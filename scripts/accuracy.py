@@ -35,9 +35,9 @@ def add_case(parser: ArgumentParser) -> None:
 def open_case(options: Namespace) -> tuple[torch.device, nn.Module, Tensor, tuple[Tensor, Tensor]]:
     """The device, the float model on it, the images to calibrate with, and validation images with their labels."""
     device = pick_device(options.device)
+    check_dataset(options.dataset, ["val"])
     model = build_model(options.model, options.checkpoint).to(device)
     calibration = load_images(options.images, model.patch_embed.img_size, *normalization(model))["images"]
-    check_dataset(options.dataset, ["val"])
     if not model.num_classes:
         raise InputError(f"--model {options.model}: expected a model with a classifier; it has none")
     transform, names = evaluation_transform(model), class_names(model)

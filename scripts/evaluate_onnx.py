@@ -52,8 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (1, 8)
 SECONDS = 15.0  # of measuring, for each batch size
 TURN = 0.2  # seconds of a model in a round, before it is the other's turn
-# ONNX Runtime's operators for products, after its optimisation
 ABOUT = ("tag", "num_classes", "img_size", "transform")  # by which files of one model are known
+# ONNX Runtime's operators for products, after its optimisation
 INTEGER = {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger", "ConvInteger"}
 FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"}
 
@@ -179,12 +179,12 @@ def check_same(path: Path, found: dict, expected: dict, keys: tuple[str, ...]) -
             raise InputError(f"{path}: of another model: expected {key} {expected[key]}; got {found[key]}")
 
 
-def evaluate_onnx(path: Path, loader: DataLoader | None, simulated: Path | None, threads: int) -> dict:
-    """All that is measured of one file, with the machine and the versions."""
+def evaluate_onnx(path: Path, header: dict, loader: DataLoader | None, simulated: Path | None, threads: int) -> dict:
+    """All that is measured of one file, which has this header, with the machine and the versions."""
     import onnx
     import onnxruntime
 
-    float_path, header, models = path.with_suffix(".float.onnx"), read_onnx_header(path), {}
+    float_path, models = path.with_suffix(".float.onnx"), {}
     if simulated:
         models["simulated"], about = load_quantized(simulated)
         check_same(simulated, about, header, (*ABOUT, "bits", "recipe"))
@@ -279,7 +279,8 @@ def main() -> None:
         path = options.file or export_random(options.random, Path(folder))
         header = read_onnx_header(path)
         loader = open_images(options, header) if options.file else None
-        results = {"model": header["model"]} | evaluate_onnx(path, loader, options.simulated, options.threads)
+        measured = evaluate_onnx(path, header, loader, options.simulated, options.threads)
+        results = {"model": header["model"]} | measured
     print(report(results))
     if options.json:
         write_json(options.json, results)

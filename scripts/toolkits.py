@@ -195,11 +195,8 @@ def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits
     """Append the rows that are not there yet."""
     real = "real" in options.kinds
     dataset = find_data(options)
-    data = open_data(
-        *(dataset, evaluation_transform(source.model), source.model.num_classes, real),
-        limit=options.limit,
-        names=class_names(source.model),
-    )
+    transform, names = evaluation_transform(source.model), class_names(source.model)
+    data = open_data(dataset, transform, source.model.num_classes, real, limit=options.limit, names=names)
     val = decoded(data["val"])
     images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}

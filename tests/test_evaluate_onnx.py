@@ -92,7 +92,7 @@ def test_files_of_another_model_are_refused(folder, monkeypatch, tmp_path, key):
     monkeypatch.setattr(evaluate_onnx, "load_quantized", lambda path: (None, {**header, key: other}))
     (tmp_path / "m.onnx").write_bytes((folder / "m.onnx").read_bytes())
     with pytest.raises(InputError, match=f"m.safetensors: of another model: expected {key} "):
-        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", None, folder / "m.safetensors", 1)
+        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", header, None, folder / "m.safetensors", 1)
 
 
 def test_a_float_file_of_another_model_is_refused(folder, monkeypatch, tmp_path):
@@ -102,7 +102,7 @@ def test_a_float_file_of_another_model_is_refused(folder, monkeypatch, tmp_path)
     onnx.save(graph, tmp_path / "m.float.onnx")
     (tmp_path / "m.onnx").write_bytes((folder / "m.onnx").read_bytes())
     with pytest.raises(InputError, match=r"m\.float\.onnx: of another model: expected num_classes 50; got 49"):
-        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", None, None, 1)
+        evaluate_onnx.evaluate_onnx(tmp_path / "m.onnx", read_onnx_header(folder / "m.onnx"), None, None, 1)
 
 
 def test_export_without_its_packages_is_refused_before_any_work(tmp_path, monkeypatch):

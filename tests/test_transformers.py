@@ -157,6 +157,13 @@ def test_what_timm_would_compute_otherwise_is_refused(tmp_path, key, change, mes
         build_model(f"local-dir:{tmp_path}")
 
 
+def test_two_equal_sides_are_a_square(tmp_path):
+    write(tmp_path, "swin", **NAMES)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [32, 32]}))
+    assert build_model(f"local-dir:{tmp_path}").patch_embed.img_size == (32, 32)
+
+
 def test_weights_that_are_missing_or_unknown_are_named(tmp_path):
     write(tmp_path, "vit")
     path = tmp_path / "model.safetensors"

@@ -86,7 +86,8 @@ class Images(Dataset):
 
     def match_classes(self, names: Sequence[str]) -> None:
         """Take the labels from what a classifier calls its outputs, which are the folders' names in another order."""
-        self.labels = [names.index(self.classes[label]) for label in self.labels]
+        outputs = {name: index for index, name in enumerate(names)}
+        self.labels = [outputs[self.classes[label]] for label in self.labels]
         note(f"{self.folder}: class folders are matched by name, as the model has their names in another order")
 
     def map_classes(self, path: Path, num_classes: int) -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from utils.run.errors import InputError
-from utils.run.files import new_folder, replacing
+from utils.run.files import new_folder, read_tensors, replacing
 from utils.run.progress import note
 from utils.run.seeds import stream
 
@@ -106,7 +106,8 @@ def load_images(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) ->
     if not path.is_file():
         raise InputError(f"--images {path}: no such file")
     try:
-        found, about = ({"images": torch.from_numpy(np.load(path))}, None) if path.suffix == ".npy" else _read(path)
+        npy = path.suffix == ".npy"
+        found, about = ({"images": torch.from_numpy(np.load(path))}, {}) if npy else read_tensors(path)
         tensors = {name: tensor for name, tensor in found.items() if name in ("images", "held_out", "labels")}
     except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, EOFError) as error:
         raise InputError(f"--images {path}: expected a file that generate_data.py wrote ({error})") from error
@@ -119,8 +120,8 @@ def load_images(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) ->
             raise InputError(f"--images {path}: expected finite floats in {name}; got {images.dtype}")
         if not (images := images.float()).isfinite().all():
             raise InputError(f"--images {path}: expected finite floats in {name}; got infinities or NaN")
-        if about not in (None, _told(mean, std)):
-            raise InputError(f"--images {path}: expected images normalised with {_told(mean, std)}; got {about}")
+        if (made := about.get(NORMALISED, _told(mean, std))) != _told(mean, std):
+            raise InputError(f"--images {path}: expected images normalised with {_told(mean, std)}; got {made}")
         low, high = (images * std + mean).aminmax()
         if low < -ROUNDING or high > 1 + ROUNDING:
             told = f"pixels from {low:.2f} to {high:.2f}, where those of photographs are from 0 to 1"
@@ -130,13 +131,6 @@ def load_images(path: Path, size: tuple[int, int], mean: Tensor, std: Tensor) ->
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != tensors["images"].shape[:1]):
         raise InputError(f"--images {path}: expected an int64 label for each of the {len(tensors['images'])} images")
     return tensors
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a .safetensors file, and what they were normalised with, if it says so."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, (file.metadata() or {}).get(NORMALISED)
 
 
 def _told(mean: Tensor, std: Tensor) -> str:

@@ -96,14 +96,10 @@ def check_run(options: argparse.Namespace) -> None:
             raise InputError(f"{option} {given[option]}: no such file")
     if options.plots:
         require_matplotlib()
-    check_files(
-        [options.images, options.checkpoint, options.load, options.class_map, options.dataset_archive],
-        [
-            options.save,
-            *onnx_files(options.export_onnx),
-            *(options.output_dir / name for name in LEFT * bool(options.output_dir)),
-        ],
-    )
+    read = [options.images, options.checkpoint, options.load, options.class_map, options.dataset_archive]
+    left = [options.output_dir / name for name in LEFT] if options.output_dir else []
+    exported = [options.export_onnx, options.export_onnx.with_suffix(".float.onnx")] if options.export_onnx else []
+    check_files(read, [options.save, *exported, *left])
     check_place(options.output_dir)
     for folder in (options.cache, *(file and file.parent for file in (options.save, options.export_onnx))):
         if folder:
@@ -119,11 +115,6 @@ def check_files(read: Sequence[Path | None], written: Sequence[Path | None]) -> 
         if path.resolve() in taken:
             raise InputError(f"{path}: expected a file that is not read, or written, by the same command already")
         taken.add(path.resolve())
-
-
-def onnx_files(path: Path | None) -> list[Path]:
-    """What --export-onnx writes."""
-    return [path, path.with_suffix(".float.onnx")] if path else []
 
 
 def parse_generation(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -10,8 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
 
 from utils.run.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which takes seconds to import, and scripts that only keep rows need no tensors
 
 MEGABYTE = 2**20
 
@@ -39,6 +45,17 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(draft, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """The tensors of a .safetensors file by name, and its metadata.
+
+    Raises:
+        SafetensorError, OSError: it is damaged, or not there.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, file.metadata() or {}
 
 
 def write_json(path: Path, content: dict | list) -> None:

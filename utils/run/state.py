@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from utils.run.distributed import is_first
 from utils.run.errors import InputError
-from utils.run.files import check_writable, locked, replacing
+from utils.run.files import check_writable, locked, read_tensors, replacing
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any]) -> None:
@@ -31,9 +31,8 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Tensor]:
         InputError: the file is not readable, or is the state of another computation; names the difference.
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            found = json.loads(file.metadata()["identity"])
+        tensors, about = read_tensors(path)
+        found = json.loads(about["identity"])
         differences = [name for name, value in json.loads(json.dumps(identity)).items() if found.get(name) != value]
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: expected the state of an interrupted run ({error})") from error
