@@ -63,6 +63,7 @@ def test_a_model_of_a_folder_is_saved_and_loaded(tmp_path):
     loaded, header = load_quantized(tmp_path / "saved.safetensors")
     assert torch.equal(loaded(images), model(images)) and data_config(loaded) == data_config(model)
     assert header["tag"].startswith("vit_tiny_patch16_224") and header["model_args"]["reg_tokens"] == 2
+    assert class_names(loaded) == header["class_names"] == LABELS
 
 
 def test_a_repository_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
