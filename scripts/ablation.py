@@ -31,8 +31,8 @@ from utils.run.progress import progress_bar
 
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
 TECHNIQUES = ("search_ranges", "stretch", "shade", "windows", "balance", "rotate", "drop_key_biases", "compensate")
-COLUMNS = ("model", "w_bit", "a_bit", "recipe", "seed", "n", "top1", "float_top1", "agreement", "calibrate_s")
-COLUMNS = (*COLUMNS, "calibration_images", *ORIGIN)
+KEY = ("model", "w_bit", "a_bit", "recipe", "seed", "n")
+COLUMNS = (*KEY, "top1", "float_top1", "agreement", "calibrate_s", "calibration_images", *ORIGIN)
 
 
 def variants() -> dict[str, Recipe]:
@@ -85,11 +85,11 @@ def main() -> None:
         "seed": options.seed,
         "calibration_images": len(calibration),
     } | origin(device)
-    done = {(row["model"], row["w_bit"], row["a_bit"], row["recipe"], row["seed"]) for row in read_csv(options.rows)}
+    done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     for w_bit, a_bit in widths:
-        about_bits = (options.model, str(w_bit), str(a_bit))
+        about_bits, about_run = (options.model, str(w_bit), str(a_bit)), (str(options.seed), str(len(val[1])))
         recipes = dict.fromkeys(options.recipes)
-        names = [name for name in recipes if (*about_bits, labels[name], str(options.seed)) not in done]
+        names = [name for name in recipes if (*about_bits, labels[name], *about_run) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 append_row(options.rows, about | row | {"recipe": labels[row["recipe"]]}, COLUMNS)

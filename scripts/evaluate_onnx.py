@@ -243,11 +243,13 @@ def report(results: dict) -> str:
 
 def open_images(options: argparse.Namespace, header: dict) -> DataLoader | None:
     """Validation images as the model wants them; None without a data set."""
+    if not header["num_classes"]:
+        if options.dataset:
+            raise InputError(f"--dataset: {options.file} has no classifier, of which an accuracy would be")
+        return None
     dataset = options.dataset or DATASETS.get(header["model"])
     if not dataset:
         return None
-    if not header["num_classes"]:
-        raise InputError(f"--dataset: {options.file} has no classifier, of which an accuracy would be")
     dataset = find_dataset(dataset)
     transform, names = create_transform(**header["transform"], is_training=False), header.get("class_names")
     images = validation_images(dataset, transform, header["num_classes"], limit=options.limit, names=names)

@@ -1,9 +1,9 @@
 """Result rows: one run of test_quant.py, one line of a CSV file. Used by scripts/sweep.sh and scripts/tables.py.
 
-python scripts/rows.py has  ROWS MODEL W_BIT A_BIT MODE SEED    exit code 0 if the run is there, and did not fail;
-                                                                 1 if it is not; 2 if ROWS will not do
+python scripts/rows.py has  ROWS MODEL W_BIT A_BIT RECIPE MODE SEED    exit code 0 if the run is there, and did not
+                                                                        fail; 1 if it is not; 2 if ROWS will not do
 python scripts/rows.py add  ROWS results.json
-python scripts/rows.py fail ROWS MODEL W_BIT A_BIT MODE SEED REASON
+python scripts/rows.py fail ROWS MODEL W_BIT A_BIT RECIPE MODE SEED REASON
 """
 
 import csv
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
 
-KEY = ("model", "w_bit", "a_bit", "mode", "seed")
+KEY = ("model", "w_bit", "a_bit", "recipe", "mode", "seed")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")
 ORIGIN = ("precision", "calibration_images", "device", "commit", "date")
 STAGES = ("build", "images", "calibrate", "evaluate")

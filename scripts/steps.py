@@ -53,8 +53,8 @@ PLAN = (
     (100, 8, (8,)),
     (250, 32, (32,)),
 )
-KEY = ("model", "seed", "steps", "calibration_images", "w_bit", "a_bit")
-COLUMNS = (*KEY, "n", "top1", "float_top1", "agreement", "images_s", *ORIGIN)
+KEY = ("model", "seed", "steps", "calibration_images", "w_bit", "a_bit", "n")
+COLUMNS = (*KEY, "top1", "float_top1", "agreement", "images_s", *ORIGIN)
 
 
 class Subject:
@@ -86,7 +86,7 @@ class Subject:
 def measure_seed(subject: Subject, folder: Path, seed: int, done: set[tuple[str, ...]]) -> Iterator[dict]:
     """A row of each setting of PLAN and bit width but those whose KEY is among the `done`."""
     for steps, count, numbers in PLAN:
-        keys = [(subject.name, seed, steps, number, *bits) for number in numbers for bits in BITS]
+        keys = [(subject.name, seed, steps, number, *bits, len(subject.val[1])) for number in numbers for bits in BITS]
         keys = [key for key in keys if tuple(map(str, key)) not in done]
         if not keys:
             continue

@@ -1,5 +1,6 @@
 """scripts/evaluate_onnx.py, and the commands that make what it measures."""
 
+import argparse
 import json
 import sys
 
@@ -53,6 +54,15 @@ def test_everything_is_measured(folder, image_root, monkeypatch, capsys):
 def test_random_weights_will_do_for_latencies(monkeypatch, capsys):
     call(monkeypatch, "--random", "demo_swin")
     assert "products in integers: 39" in capsys.readouterr().out
+
+
+def test_a_model_without_classifier_has_no_accuracy(folder, image_root):
+    options = argparse.Namespace(file=folder / "m.onnx", dataset=None, limit=None)
+    header = {**read_onnx_header(folder / "m.onnx"), "num_classes": 0}
+    assert evaluate_onnx.open_images(options, header) is None  # though demo_vit has images of its own
+    options.dataset = image_root
+    with pytest.raises(InputError, match=r"--dataset: .*m\.onnx has no classifier"):
+        evaluate_onnx.open_images(options, header)
 
 
 def test_header_names_the_model(folder):

@@ -25,8 +25,8 @@ ROOT = Path(tables.__file__).resolve().parent.parent
 
 
 def row(**values):
-    base = {"model": "demo_vit", "w_bit": "8", "a_bit": "8", "mode": "0", "seed": "0", "n": "10", "top1": "50.0"}
-    return {**dict.fromkeys(rows.COLUMNS, ""), **base, "steps": "500", **values}
+    base = {"model": "demo_vit", "w_bit": "8", "a_bit": "8", "recipe": "paper", "mode": "0", "seed": "0"}
+    return {**dict.fromkeys(rows.COLUMNS, ""), **base, "n": "10", "top1": "50.0", "steps": "500", **values}
 
 
 def test_rows_are_appended_and_a_repeated_run_replaces_its_failure(tmp_path):
@@ -91,11 +91,11 @@ def test_cells_are_mean_and_standard_deviation_over_seeds():
 
 
 def test_paper_table_has_the_difference_where_there_is_a_run():
-    data = [row(model="deit_tiny", w_bit="4", top1="65.00")]
+    data = [row(model="deit_tiny", w_bit="4", top1="65.00"), row(model="deit_tiny", recipe="best", top1="72.00")]
     lines = paper_table(data).splitlines()
     assert len(lines) == 2 + 10 + 2
-    assert lines[2].endswith("| not run | not run | 65.00 | -0.57 |") and "| 65.57 |" in lines[2]
-    assert lines[3].endswith("| not run | not run | not run | - |")
+    assert lines[2].endswith("| not run | not run | 65.00 | -0.57 | not run |") and "| 65.57 |" in lines[2]
+    assert lines[3].endswith("| not run | not run | not run | - | 72.00 |")
 
 
 def test_pages_show_what_the_rows_say():
@@ -111,8 +111,9 @@ def test_the_list_of_files_names_every_file():
     assert [file for file in named if not file.endswith(skipped) and Path(file).name not in text] == []
 
 
-def sweep(tmp_path, image_root, bits):
+def sweep(tmp_path, image_root, bits, recipes="paper"):
     settings = {"MODELS": "demo_vit", "MODES": "0 1", "SEEDS": "0", "BITS": bits, "DATASET": str(image_root)}
+    settings["RECIPES"] = recipes
     settings |= {"ROWS": str(tmp_path / "rows.csv"), "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
     settings["OPTIONS"] = "--limit 10 --num-workers 0 --steps 1 --calib-batchsize 2 --device cpu"
     command = ["sh", "scripts/sweep.sh", "demo"]
@@ -131,6 +132,16 @@ def test_sweep_keeps_rows_skips_what_is_there_and_goes_on_after_a_failure(tmp_pa
     assert images.stem.rpartition("_")[2].isdecimal()  # of the options
     again = sweep(tmp_path, image_root, "8/8")
     assert again.returncode == 0 and again.stdout == ""
+
+
+def test_sweep_makes_a_row_of_each_recipe_from_the_same_images(tmp_path, image_root):
+    process = sweep(tmp_path, image_root, "8/8", "paper best")
+    assert process.returncode == 0, process.stderr
+    started = [line for line in process.stdout.splitlines() if line.startswith("== ") and "--mode 0" in line]
+    assert ["--images" in line for line in started] == [False, True]
+    found = rows.read_rows(tmp_path / "rows.csv")
+    assert [(one["recipe"], one["mode"]) for one in found] == [(r, m) for r in ("paper", "best") for m in "01"]
+    assert not any(one["error"] for one in found)
 
 
 def test_sweep_ends_where_rows_cannot_be_kept(tmp_path, image_root):

@@ -290,12 +290,15 @@ def test_test_quant_interrupted_in_generation(tmp_path, image_root, interrupt):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
 
 
-def test_test_quant_interrupted_in_evaluation_does_not_generate_again(tmp_path, image_root, interrupt, monkeypatch):
+def test_test_quant_interrupted_in_evaluation_does_not_generate_again(
+    tmp_path, image_root, interrupt, monkeypatch, capsys
+):
     expected = test_quant.run(quantize_command(image_root, tmp_path / "whole"))
     measure = test_quant.measure
     monkeypatch.setattr(test_quant, "measure", raise_interrupt)
     assert code(test_quant.run, quantize_command(image_root, tmp_path / "a")) == 130
     assert [path.name for path in (tmp_path / "a.unfinished").iterdir()] == ["batch-0.safetensors"]
+    assert f"interrupted; what is done is in {tmp_path / 'a.unfinished'}: go on with --resume" in capsys.readouterr().err
     monkeypatch.setattr(test_quant, "measure", measure)
     left = interrupt(100)
     results = test_quant.run(quantize_command(image_root, tmp_path / "a", "--resume"))

@@ -19,15 +19,17 @@ def read_json(path: Path) -> list[dict]:
     return json.loads(path.with_suffix(".json").read_text())
 
 
-def values(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> list[float]:
+def values(
+    rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str, recipe: str = "paper"
+) -> list[float]:
     """Top-1 of every seed of one cell."""
-    wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "mode": mode, "error": ""}
+    wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "recipe": recipe, "mode": mode, "error": ""}
     return [float(row["top1"]) for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def cell(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str) -> str:
+def cell(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str, recipe: str = "paper") -> str:
     """Mean and standard deviation over the seeds."""
-    top1 = values(rows, model, w_bit, a_bit, mode)
+    top1 = values(rows, model, w_bit, a_bit, mode, recipe)
     return spread_of(top1, len(top1))
 
 

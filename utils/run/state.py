@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from utils.run.distributed import is_first
 from utils.run.errors import InputError
 from utils.run.files import check_writable, locked, read_tensors, replacing
+from utils.run.signals import Stopped
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any]) -> None:
@@ -50,11 +52,12 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
 
     Raises:
         InputError: there is nothing to resume, or another run has the folder.
+        Stopped: Ctrl-C came between the computations that save a state and the end of the run.
     """
     if not is_first():
         yield folder
         return
-    if resume and not any(folder.glob("**/[!.]*.safetensors")):  # hidden ones are drafts
+    if resume and not _has_states(folder):
         raise InputError(f"--resume: expected the state of an interrupted run in {folder}; found none")
     check_writable(folder)
     try:
@@ -65,9 +68,17 @@ def unfinished(folder: Path, resume: bool) -> Iterator[Path]:
             for entry in folder.iterdir():
                 if entry.name != ".lock":  # without which another run could begin before this one has ended
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Stopped) or not _has_states(folder):
+            raise
+        raise Stopped(signal.SIGINT, f"interrupted; what is done is in {folder}: go on with --resume") from None
     finally:
         with suppress(OSError):  # there is something in it, or it is gone
             folder.rmdir()
+
+
+def _has_states(folder: Path) -> bool:
+    return any(folder.glob("**/[!.]*.safetensors"))  # hidden ones are drafts
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
