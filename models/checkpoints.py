@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from timm.models import (
     beit,
-    cait,
     deit,
     eva,
     load_state_dict,
@@ -36,7 +35,6 @@ _CONVERTERS: dict[type[nn.Module], Callable] = {
     swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
-    cait.Cait: cait.checkpoint_filter_fn,
 }
 TABLE = "relative_position_bias_table"
 RESAMPLED = ("pos_embed", TABLE, "patch_embed.proj.weight")  # by timm's converters, to fit the model

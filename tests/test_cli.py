@@ -264,6 +264,13 @@ def test_torchvision_that_does_not_fit_is_told_in_one_line(tmp_path):
     assert len(process.stderr.splitlines()) == 1
 
 
+def test_another_system_is_told_in_one_line():
+    command = "import sys; sys.platform = 'win32'; import test_quant"
+    process = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "error: expected Linux or macOS; got Windows, on which WSL is a Linux\n"
+
+
 @pytest.mark.parametrize(("package", "found"), [("torch", "2.10.1"), ("timm", "0.9.16"), ("timm", "2.0.0")])
 def test_versions_out_of_range_are_refused_before_they_are_imported(tmp_path, package, found):
     metadata = tmp_path / f"{package}-{found}.dist-info" / "METADATA"

@@ -298,7 +298,8 @@ def test_test_quant_interrupted_in_evaluation_does_not_generate_again(
     monkeypatch.setattr(test_quant, "measure", raise_interrupt)
     assert code(test_quant.run, quantize_command(image_root, tmp_path / "a")) == 130
     assert [path.name for path in (tmp_path / "a.unfinished").iterdir()] == ["batch-0.safetensors"]
-    assert f"interrupted; what is done is in {tmp_path / 'a.unfinished'}: go on with --resume" in capsys.readouterr().err
+    left = f"interrupted; what is done is in {tmp_path / 'a.unfinished'}: go on with --resume\n"
+    assert capsys.readouterr().err.endswith(left)
     monkeypatch.setattr(test_quant, "measure", measure)
     left = interrupt(100)
     results = test_quant.run(quantize_command(image_root, tmp_path / "a", "--resume"))

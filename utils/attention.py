@@ -16,8 +16,8 @@ def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the context each forward pass appends softmax(QK^T) V of every attention layer, (B*W, h, N, d), in order.
 
     It is read where heads are merged, as the input of the projection, so that fused attention stays usable; where a
-    family has a norm or a gate before that, behind them. What
-    activation checkpointing computes again in the backward pass is not appended.
+    family has a norm or a gate before that, behind them. What activation checkpointing computes again in the backward
+    pass is not appended.
     """
     layers = [module for module in model.modules() if isinstance(module, ATTENTION)]
     if not layers:

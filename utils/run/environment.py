@@ -1,4 +1,4 @@
-"""Which versions a run uses, checked on import: this module is imported before anything heavy."""
+"""Which system and versions a run uses, checked on import: this module is imported before anything heavy."""
 
 import re
 import subprocess
@@ -22,6 +22,9 @@ def unsupported(name: str, found: str) -> str:
     return f"expected {name} {low} or newer{f', below {high}' if high else ''}; found {found}"
 
 
+if sys.platform == "win32":  # files are locked, and replaced while they are open
+    print("error: expected Linux or macOS; got Windows, on which WSL is a Linux", file=sys.stderr)
+    sys.exit(2)
 try:
     for package in SUPPORTED:
         if message := unsupported(package, version(package)):
