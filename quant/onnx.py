@@ -3,7 +3,9 @@
 Operators are ONNX's own; what they compute, module by module, is in quant/operators.py.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,6 +44,7 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
         torch.ops.psaq.dequantize.default: lambda codes, scale, zero, axis: op.DequantizeLinear(
             codes, scale, zero, axis=axis
         ),
+        torch.ops.aten.mean.dim: partial(mean, op),
     }
     prepared = prepare(model)
     with torch.no_grad():
@@ -65,6 +68,17 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
         narrow_to_int4(graph.graph, {f"{name}.weight" for name in layers})
         make_activations_unsigned(graph.graph)
     return graph
+
+
+def mean(op: Any, x: Any, dim: Sequence[int], keepdim: bool = False, dtype: None = None) -> Any:
+    """ONNX's ReduceMean; that of tokens (B, N, D) over two dimensions, (B, N, 1, D).
+
+    Of integers OpenVINO 2026.4 gives a wrong mean over N, unless there is one image only; over two dimensions a right
+    one.
+    """
+    if list(dim) == [1] and not keepdim:
+        return op.ReduceMean(op.Unsqueeze(x, [2]), [1, 2], keepdims=0)
+    return op.ReduceMean(x, list(dim), keepdims=int(keepdim))
 
 
 def narrow_to_int4(graph: "GraphProto", names: set[str]) -> None:

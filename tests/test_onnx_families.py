@@ -10,6 +10,7 @@ from quant.recipes import INPUTS, PAPER
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+openvino = pytest.importorskip("openvino")
 
 from quant.onnx import to_onnx  # noqa: E402
 
@@ -41,17 +42,28 @@ def float_products(graph):
     return found
 
 
+def onnxruntime_logits(model):
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": IMAGES[:3].numpy()})[0]
+
+
+def openvino_logits(model):
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compiled([IMAGES[:3].numpy()])[0]
+
+
 def check(family, recipe):
-    """Export a family; returns the names of the products that run in float."""
+    """Export a family, and run it in two runtimes; returns the names of the products that run in float."""
     expected = build(family)(IMAGES)
     quantized = calibrate(quantize_model(build(family), recipe=recipe), IMAGES)
     graph = to_onnx(quantized)
     onnx.checker.check_model(graph, full_check=True)
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits = torch.from_numpy(session.run(None, {"images": IMAGES[:3].numpy()})[0])
-    noise = (quantized(IMAGES[:3]) - expected[:3]).square().mean().sqrt() / expected.std()
-    error = (quantized(IMAGES[:3]) - logits).square().mean().sqrt() / expected.std()
-    assert error < max(noise, 0.01)
+    simulated = quantized(IMAGES[:3])
+    noise = (simulated - expected[:3]).square().mean().sqrt() / expected.std()
+    for runtime in (onnxruntime_logits, openvino_logits):
+        logits = torch.from_numpy(runtime(graph.SerializeToString()))
+        assert (simulated - logits).square().mean().sqrt() / expected.std() < max(noise, 0.01), runtime.__name__
     return float_products(graph.graph)
 
 
