@@ -69,9 +69,9 @@ def fork(count, log, job, *arguments):
     [process.join(60) for process in processes]
     return [process.exitcode for process in processes]
 
-folder, bad = Path(sys.argv[1]), json.loads(sys.argv[2])
+folder, lines = Path(sys.argv[1]), json.loads(sys.argv[2])
 codes = {n: fork(n, folder / f"{n}", share, folder / f"{n}.json") for n in (1, 2, 3, 7)}
-codes |= {name: fork(2, folder / name, call_test_quant, *line) for name, line in bad.items()}
+codes |= {name: fork(2, folder / name, call_test_quant, *line) for name, line in lines.items()}
 (folder / "codes.json").write_text(json.dumps(codes))
 """
 
@@ -107,8 +107,8 @@ def forked(tmp_path_factory, image_root):
     """The folder in which FORKS has left its logs and results."""
     folder = tmp_path_factory.mktemp("forked")
     common = ["--model", "demo_vit", "--device", "cpu", "--dataset", str(image_root), "--output-dir", str(folder / "o")]
-    bad = {name: common + line for name, (line, _) in BAD.items()}
-    command = [sys.executable, "-c", FORKS, str(folder), json.dumps(bad)]
+    lines = {name: common + line for name, (line, _) in BAD.items()} | {"help": ["--help"]}
+    command = [sys.executable, "-c", FORKS, str(folder), json.dumps(lines)]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=170)
     return folder
 
@@ -137,6 +137,11 @@ def test_bad_input_is_told_once(forked, name):
     first, other = json.loads((forked / "codes.json").read_text())[name]
     lines = (forked / f"{name}.err").read_text().splitlines()
     assert first == 2 and other == 1 and len(lines) == 1 and lines[0].startswith(BAD[name][1])
+
+
+def test_help_is_printed_once_and_is_no_failure(forked):
+    assert json.loads((forked / "codes.json").read_text())["help"] == [0, 0]
+    assert (forked / "help.out").read_text().count("usage: ") == 1 and not (forked / "help.err").read_text()
 
 
 def test_a_process_that_dies_ends_the_others_with_its_reason(tmp_path):

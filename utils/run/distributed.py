@@ -73,10 +73,18 @@ def first_process_first() -> Iterator[None]:
     if not is_first():
         with _all_there():
             dist.barrier()
-    yield
+    ended = None
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
+        ended = end  # by --help, which ends the others as well
     if is_first() and world_size() > 1:
         with _all_there():
             dist.barrier()
+    if ended:
+        raise ended
 
 
 def gather(value: Any) -> list[Any]:
