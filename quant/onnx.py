@@ -4,7 +4,6 @@ Operators are ONNX's own; what they compute, module by module, is in quant/opera
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +43,7 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
         torch.ops.psaq.dequantize.default: lambda codes, scale, zero, axis: op.DequantizeLinear(
             codes, scale, zero, axis=axis
         ),
-        torch.ops.aten.mean.dim: partial(mean, op),
+        torch.ops.aten.mean.dim: lambda x, dim, keepdim=False: mean(op, x, dim, keepdim),
     }
     prepared = prepare(model)
     with torch.no_grad():
@@ -70,7 +69,7 @@ def to_onnx(model: nn.Module, int4: bool = False) -> "ModelProto":
     return graph
 
 
-def mean(op: Any, x: Any, dim: Sequence[int], keepdim: bool = False, dtype: None = None) -> Any:
+def mean(op: Any, x: Any, dim: Sequence[int], keepdim: bool) -> Any:
     """ONNX's ReduceMean; that of tokens (B, N, D) over two dimensions, (B, N, 1, D).
 
     Of integers OpenVINO 2026.4 gives a wrong mean over N, unless there is one image only; over two dimensions a right

@@ -69,8 +69,9 @@ def test_graph_computes_what_the_simulation_does(model, w_bit, a_bit, recipe, wi
 
 
 @torch.no_grad()
-def test_float_model_is_exported_as_it_is(model):
+def test_float_model_is_exported_as_it_is(model, capfd):
     graph = to_onnx(model)
+    assert capfd.readouterr().err == ""  # nothing that a user could not understand
     torch.testing.assert_close(run(graph, IMAGES[:3]), model(IMAGES[:3]), rtol=1e-4, atol=1e-4)
 
 
