@@ -43,3 +43,6 @@ def test_recipes_are_measured_once(tmp_path, image_root, monkeypatch):
     assert all(row["n"] == "10" and row["calibration_images"] == "2" and row["date"] and row["torch"] for row in found)
     assert float(found[0]["agreement"]) > float(found[1]["agreement"])
     assert "| paper, 2 images |" in recipes_table(found)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, line), "--limit", "5"])
+    ablation.main()
+    assert [row["n"] for row in read_csv(rows)] == ["10"] * 4 + ["5"] * 2  # judged on others, it is another row
