@@ -80,16 +80,12 @@ def main() -> None:
     device, model, calibration, val = open_case(options)
     # Another number than the recipe's own is another line of the tables
     labels = {name: named(name, recipe, len(calibration)) for name, recipe in variants().items()}
-    about = {
-        "model": options.model,
-        "seed": options.seed,
-        "calibration_images": len(calibration),
-    } | origin(device)
+    about = {"model": options.model, "seed": options.seed, "n": len(val[1]), "calibration_images": len(calibration)}
+    about |= origin(device)
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     for w_bit, a_bit in widths:
-        about_bits, about_run = (options.model, str(w_bit), str(a_bit)), (str(options.seed), str(len(val[1])))
-        recipes = dict.fromkeys(options.recipes)
-        names = [name for name in recipes if (*about_bits, labels[name], *about_run) not in done]
+        cases = {name: about | {"w_bit": w_bit, "a_bit": a_bit, "recipe": labels[name]} for name in options.recipes}
+        names = [name for name, case in cases.items() if tuple(str(case[key]) for key in KEY) not in done]
         with float32_products():
             for row in ablate(model, calibration, val, w_bit, a_bit, names):
                 append_row(options.rows, about | row | {"recipe": labels[row["recipe"]]}, COLUMNS)
