@@ -50,9 +50,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "scripts" / "results" / "toolkits.csv"
 LATENCIES = ROOT / "scripts" / "results" / "toolkits_latency.csv"
 BATCH = 50  # images of a forward pass when accuracy is measured
-KEY = ("model", "toolkit", "w_bit", "a_bit", "images", "calibration_images", "seed")
+KEY = ("model", "toolkit", "w_bit", "a_bit", "images", "calibration_images", "seed", "n")
 ORIGIN = ("versions", "device", "commit", "date", "error")
-COLUMNS = (*KEY, "runtime", "n", "float_top1", "top1", "float_bytes", "bytes", "quantize_s", *ORIGIN)
+COLUMNS = (*KEY, "runtime", "float_top1", "top1", "float_bytes", "bytes", "quantize_s", *ORIGIN)
 LATENCY_KEY = ("model", "toolkit", "threads", "batch")
 LATENCY_COLUMNS = (*LATENCY_KEY, "runtime", "float_ms", "ms", *ORIGIN)
 
@@ -130,7 +130,7 @@ def measure_toolkit(
         top1 = accuracy(RUNTIMES[toolkit.runtime](program, torch.get_num_threads()), *val)
     except Exception as error:  # whatever a toolkit raises is a result
         return {"error": first_line(error)}
-    return {"n": len(val[1]), "top1": top1, "bytes": size or "", "quantize_s": round(seconds, 1)}
+    return {"top1": top1, "bytes": size or "", "quantize_s": round(seconds, 1)}
 
 
 def measure_latencies(
@@ -201,7 +201,7 @@ def measure_accuracies(options: argparse.Namespace, source: FloatModel, toolkits
     images = CalibrationImages(source, options.calib_batchsize, options.images, data.get("train"))
     done = {tuple(row[key] for key in KEY) for row in read_csv(options.rows)}
     floats: dict[str, float] = {}
-    about = {"model": label(options, source), "calibration_images": options.calib_batchsize}
+    about = {"model": label(options, source), "calibration_images": options.calib_batchsize, "n": len(val[1])}
     about["float_bytes"] = source.onnx.stat().st_size
     for seed in options.seed:
         for kind in options.kinds:

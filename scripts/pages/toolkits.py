@@ -23,7 +23,7 @@ def toolkits_table(rows: list[dict[str, str]]) -> str:
         cells = [toolkit_cell([row for row in some if row["images"] == kind]) for kind in KINDS]
         sizes = [int(row["bytes"]) for row in some if row["bytes"]]
         size = f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "-"
-        counts = all_of([row for row in usual if row["model"] == model and row["n"]], "n")
+        counts = all_of([row for row in usual if row["model"] == model], "n")
         name = f"{model} ({float(some[0]['float_top1']):.2f}, {counts})"
         lines.append(f"| {name} | {toolkit} | {some[0]['runtime']} | {size} | {' | '.join(cells)} |")
     errors = dict.fromkeys((row["model"], row["toolkit"], row["error"]) for row in rows if row["error"])
