@@ -12,7 +12,7 @@ transcription  a step with the formulas as one would write them down first (test
 peak memory    of each of the first two, in a process of its own: resident on a CPU, allocated on a GPU
 evaluation     images a second of the float model, and of the quantized one, whose products are float32's
 generation     with --steps: seconds for a batch from the first step to the last, and for one more, in a process of its
-               own that finds nothing compiled before
+               own that finds nothing compiled before; what it compiles all others of the model find
 
 On a CPU the bare model, too, keeps the memory that it frees, as generation does.
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription of all precisions
@@ -28,16 +28,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ("model", "device", "batch", "precision", "mode")  # what a row is of
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of torch.compile
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
@@ -128,14 +130,32 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
     """All figures of one model: a row a precision."""
     kinds = ("bare", "step") if options.no_transcription else ("bare", "step", "transcription")
     wanted = [("fp32", "bare")] + [(precision, kind) for precision in options.precision for kind in kinds]
-    with freed_memory_kept(), ExitStack() as contexts:
+    with ExitStack() as contexts:
+        contexts.enter_context(empty_cache())
+        batches = {each: batch_seconds(name, of_precision(options, each)) for each in options.precision}
+        contexts.enter_context(freed_memory_kept())
         steps = {}
         for precision, kind in dict.fromkeys(wanted):
             step = step_of(kind, random_model(name, device), of_precision(options, precision), contexts)
             steps[precision, kind] = partial(with_products, step, precision)
-        times = take_turns(steps, options.rounds, device)
-    throughput = evaluation(name, options, device)
-    return [row_of(name, times, throughput, of_precision(options, each), device) for each in options.precision]
+        measured = (batches, take_turns(steps, options.rounds, device), evaluation(name, options, device))
+        return [row_of(name, *measured, of_precision(options, each), device) for each in options.precision]
+
+
+@contextmanager
+def empty_cache() -> Iterator[None]:
+    """torch.compile finds nothing compiled before, here and in processes that start here."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, dict.fromkeys(CACHES, folder)):
+        yield
+
+
+def batch_seconds(name: str, options: argparse.Namespace) -> tuple[float | None, float | None]:
+    """Seconds of a batch cold and warm, if they are asked for; also printed, as the rest can take minutes."""
+    if not options.steps:
+        return None, None
+    cold, warm = in_own_process("generation", name, options)
+    print(f"{name}, {options.precision}: a batch in {cold:.1f} s, one more in {warm:.1f} s", flush=True)
+    return cold, warm
 
 
 def with_products(step: Callable[[], object], precision: str) -> None:
@@ -144,13 +164,15 @@ def with_products(step: Callable[[], object], precision: str) -> None:
         step()
 
 
-def row_of(name: str, times: dict, throughput: dict, options: argparse.Namespace, device: torch.device) -> dict:
+def row_of(
+    name: str, batches: dict, times: dict, throughput: dict, options: argparse.Namespace, device: torch.device
+) -> dict:
     """The figures of a model in one precision."""
     here = {kind: values for (precision, kind), values in times.items() if precision == options.precision}
     seconds = {kind: statistics.median(values) for kind, values in here.items()}
     bare, step, transcription = seconds["bare"], seconds["step"], seconds.get("transcription")
     peaks = {kind: in_own_process(kind, name, options) for kind in ("bare", "step")}
-    cold, warm = in_own_process("generation", name, options) if options.steps else (None, None)
+    cold, warm = batches[options.precision]
     return {
         "model": name,
         "device": device_name(device),
@@ -270,14 +292,12 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
 
 
 def in_own_process(what: str, name: str, options: argparse.Namespace) -> float | list[float]:
-    """What a function of ALONE measures of a model in a fresh process; for generation it has no compiled code yet."""
+    """What a function of ALONE measures of a model in a fresh process."""
     command = [sys.executable, __file__, "--alone", what, "--model", name, "--batch", str(options.batch)]
     command += ["--precision", options.precision, *(["--device", options.device] if options.device else [])]
     command += ["--steps", str(options.steps)] if options.steps else []
     command += ["--compile"] if options.compile else []
-    with tempfile.TemporaryDirectory() as cache:
-        cold = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache} if what == "generation" else {}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | cold)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
