@@ -10,7 +10,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
 from utils.plots import plot_losses
-from utils.run.compilation import compiled_when_called
+from utils.run.compilation import COMPILED_STEPS, compiled_when_called
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
 from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
@@ -200,14 +200,18 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def generation_settings(options: argparse.Namespace, device: torch.device, model: nn.Module) -> GenerationSettings:
-    """What the command line asks for, or else what is fast for the model on the device."""
-    return GenerationSettings(
+def generation_settings(
+    options: argparse.Namespace, num_images: int, device: torch.device, model: nn.Module
+) -> GenerationSettings:
+    """What the command line asks for, or else what is fast for so many images of the model on the device."""
+    settings = GenerationSettings(
         steps=options.steps,
         precision=options.precision or default_precision(device, model),
-        compile=device.type == "cuda" and is_large(model) if options.compile is None else options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
+    steps = settings.rounds * settings.steps * math.ceil(num_images / settings.batch_size)
+    pays = device.type == "cuda" and is_large(model) and steps >= COMPILED_STEPS
+    return replace(settings, compile=pays if options.compile is None else options.compile)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -224,7 +228,7 @@ def run(options: argparse.Namespace) -> None:
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         for line in model_notes(model):
             by_first(print)(line)
-        settings = generation_settings(options, device, model)
+        settings = generation_settings(options, options.num_images, device, model)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
 

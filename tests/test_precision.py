@@ -83,18 +83,20 @@ def test_a_torch_that_does_not_tell_computes_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "options", "expected"),
+    ("device", "size", "images", "options", "expected"),
     [
-        ("cuda", LARGE, [], True),
-        ("cuda", LARGE - 1, [], False),
-        ("cuda", LARGE, ["--no-compile"], False),
-        ("cpu", LARGE, [], False),
-        ("cpu", 1, ["--compile"], True),
+        ("cuda", LARGE, 97, [], True),
+        ("cuda", LARGE, 96, [], False),
+        ("cuda", LARGE, 128, ["--steps", "499"], False),
+        ("cuda", LARGE - 1, 128, [], False),
+        ("cuda", LARGE, 128, ["--no-compile"], False),
+        ("cpu", LARGE, 128, [], False),
+        ("cpu", 1, 1, ["--compile"], True),
     ],
 )
-def test_a_gpu_compiles_large_models(device, size, options, expected):
+def test_a_gpu_compiles_many_steps_of_a_large_model(device, size, images, options, expected):
     options = parse_generation(["--model", "demo_vit", "--precision", "fp32", *options])
-    assert generation_settings(options, torch.device(device), Sized(size)).compile is expected
+    assert generation_settings(options, images, torch.device(device), Sized(size)).compile is expected
 
 
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin", "cifar_vit", "cifar_swin"])
