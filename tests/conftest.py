@@ -57,7 +57,7 @@ def vit():
 def swin():
     torch.manual_seed(0)
     model = SwinTransformer(
-        img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10
+        img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 1), num_heads=(2, 4), num_classes=10
     )
     return randomize(model)
 

@@ -23,7 +23,7 @@ def test_values_are_quantized_where_the_paper_does(swin):
         "norm1.act_output attn.qkv.act_output attn.act_scores attn.act_bias attn.act_biased_scores attn.act_context "
         "attn.proj.act_output act_residual1 norm2.act_output mlp.act_hidden mlp.fc2.act_output act_residual2"
     )
-    blocks = [f"layers.{stage}.blocks.{i}" for stage in range(2) for i in range(2)]
+    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"]
     expected = {f"{prefix}.{name}" for prefix in blocks for name in block.split()}
     expected |= {"act_input", "patch_embed.proj.act_output", "patch_embed.norm.act_output"}
     expected |= {"layers.1.downsample.norm.act_output", "layers.1.downsample.reduction.act_output"}
