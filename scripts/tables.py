@@ -1,6 +1,6 @@
-"""Write the result tables of README and docs from the result rows; with --check, fail if they are not what rows say.
+"""Write the result tables of README and docs from the result rows.
 
-python scripts/tables.py [--check]
+python scripts/tables.py
 """
 
 import sys
@@ -24,12 +24,14 @@ from scripts.pages.speed import benchmark_gpu_table, benchmark_table, whole_runs
 from scripts.pages.steps import steps_table
 from scripts.pages.toolkits import latency_table, toolkits_table
 from scripts.rows import read_rows
+from utils.run.errors import exit_cleanly
+from utils.run.options import Parser
 
 
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--check"]):
-        sys.exit(__doc__)
-    check = bool(sys.argv[1:])
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if a table is not what rows say")
+    check = parser.parse_args().check
     for name, (table, page, read) in TABLES.items():
         text = (ROOT / page).read_text()
         begin, end = f"<!-- {name} table: scripts/tables.py -->\n", f"<!-- end of {name} table -->"
@@ -61,4 +63,4 @@ TABLES = {
 }
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)
