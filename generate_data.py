@@ -110,7 +110,7 @@ def generate_data(
     ):
         terms = loss_terms(model, outputs, settings.precision)
         if settings.compile and not settings.checkpoint_activations:
-            begin = partial(bar.set_postfix_str, "compiling, for a minute or two")
+            begin = partial(bar.set_postfix_str, "compiling, for one to three minutes")
             terms = compiled_when_called(terms, try_out, begin)
         identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
         identity["img_size"] = list(model.patch_embed.img_size)
