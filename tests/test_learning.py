@@ -15,7 +15,7 @@ from quant.integers import integer_state, load_integer_state
 from quant.learning import BATCH, Student, block_outputs, round_learned
 from quant.modules import named_activations, quantized_weights
 from quant.quantizers import fake_quantize_, signed_grid
-from quant.recipes import BEST, INPUTS
+from quant.recipes import BEST, INPUTS, LEARNED
 from utils.fractals import render_others
 from utils.learning import learn
 from utils.run.errors import InputError
@@ -147,10 +147,17 @@ def test_nothing_is_learned_where_all_is_float(vit):
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("w_bit", "a_bit", "steps"), [(4, 4, 0), (3, 8, 100), (8, 3, 100)])
-def test_best_learns_with_three_bits(vit, w_bit, a_bit, steps):
+@pytest.mark.parametrize(
+    ("recipe", "w_bit", "a_bit", "steps"),
+    [
+        *((BEST, 4, 4, 0), (BEST, 3, 8, 100), (BEST, 8, 3, 100)),
+        *((LEARNED, 8, 8, 0), (LEARNED, 7, 8, 400), (LEARNED, 8, 6, 400)),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_recipe_learns_where_bits_are_few(vit, recipe, w_bit, a_bit, steps):
     students = []
-    calibrate(quantize_model(vit, w_bit, a_bit, recipe=BEST), IMAGES, learn=students.append)
+    calibrate(quantize_model(vit, w_bit, a_bit, recipe=recipe), IMAGES, learn=students.append)
     assert sum(student.total for student in students) == steps
 
 

@@ -36,7 +36,7 @@ def parse_run(arguments: list[str] | None = None) -> argparse.Namespace:
     add_bits(group)
     add("--mode", type=int, choices=MODES, default=0, help="calibrate on 0 generated, 1 noise, 2 real images (0)")
     add = parser.add_argument_group("how it is quantized").add_argument
-    how = "how: best keeps more than paper; learned trains on for minutes to an hour, for 3 or 4 bits (paper)"
+    how = "how: best keeps more than paper; learned trains on, below 8 bits, for minutes to an hour (paper)"
     add("--recipe", choices=RECIPES, default="paper", help=how)
     add("--symmetric", action="store_true", help="activations without zero points, as TensorRT wants them")
     skip = "quantizers left in float, as 'blocks.0.*' (none)"
