@@ -130,15 +130,15 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
     """All figures of one model: a row a precision."""
     kinds = ("bare", "step") if options.no_transcription else ("bare", "step", "transcription")
     wanted = [("fp32", "bare")] + [(precision, kind) for precision in options.precision for kind in kinds]
-    with ExitStack() as contexts:
-        contexts.enter_context(empty_cache())
+    with empty_cache():
         batches = {each: batch_seconds(name, of_precision(options, each)) for each in options.precision}
-        contexts.enter_context(freed_memory_kept())
-        steps = {}
-        for precision, kind in dict.fromkeys(wanted):
-            step = step_of(kind, random_model(name, device), of_precision(options, precision), contexts)
-            steps[precision, kind] = partial(with_products, step, precision)
-        measured = (batches, take_turns(steps, options.rounds, device), evaluation(name, options, device))
+        with freed_memory_kept(), ExitStack() as contexts:
+            steps = {}
+            for precision, kind in dict.fromkeys(wanted):
+                step = step_of(kind, random_model(name, device), of_precision(options, precision), contexts)
+                steps[precision, kind] = partial(with_products, step, precision)
+            times = take_turns(steps, options.rounds, device)
+        measured = (batches, times, evaluation(name, options, device))  # which keeps no memory, as test_quant.py's
         return [row_of(name, *measured, of_precision(options, each), device) for each in options.precision]
 
 
