@@ -33,7 +33,7 @@ from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
 from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
-from utils.run.precision import default_precision, float32_products, is_large
+from utils.run.precision import default_precision, float32_products, is_large, model_weights
 from utils.run.progress import progress_bar
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
@@ -100,10 +100,13 @@ def generate_data(
     settings = settings or GenerationSettings()
     batches = list(enumerate(draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)))
     mine, finished, total = batches[rank() :: world_size()], {}, settings.rounds * settings.steps
+    identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
+    identity["img_size"] = list(model.patch_embed.img_size)
     with (
         frozen(model, settings.checkpoint_activations),
         float32_products(tf32=settings.precision == "tf32"),
         model_attention(model, settings.precision),
+        model_weights(model, settings.precision),
         attention_outputs(model) as outputs,  # once: other hooks would be compiled anew
         stop_requests() as stop,
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
@@ -112,8 +115,6 @@ def generate_data(
         if settings.compile and not settings.checkpoint_activations:
             begin = partial(bar.set_postfix_str, "compiling, for one to three minutes")
             terms = compiled_when_called(terms, try_out, begin)
-        identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
-        identity["img_size"] = list(model.patch_embed.img_size)
         advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         for index, labels in mine:
             batch = Batch(model, terms, labels, seed, index, settings)
@@ -126,7 +127,7 @@ def generate_data(
                 random=batch.random,
                 file=state and state / f"batch-{index}.safetensors",
                 identity={**identity, "labels": labels.tolist()},
-                not_finite=partial(where_not_finite, model, batch.images),
+                not_finite=partial(where_not_finite, model, batch.images, settings.precision),
                 out_of_memory=partial(what_fits, batch.try_out, len(labels), advice),
             )
             bar.update(optimisation.done)

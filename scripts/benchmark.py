@@ -58,7 +58,7 @@ from utils.run.files import check_writable, write_json
 from utils.run.memory import freed_memory_kept
 from utils.run.optimisation import Optimisation
 from utils.run.options import Parser, pick_device, positive
-from utils.run.precision import PRECISIONS, float32_products, model_products
+from utils.run.precision import PRECISIONS, float32_products, model_products, model_weights
 from utils.run.progress import progress_bar
 
 
@@ -224,6 +224,7 @@ def step_of(kind: str, model: nn.Module, options: argparse.Namespace, contexts: 
 def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStack) -> LossTerms:
     """The loss of generation as long as `contexts` are open, compiled if asked for."""
     contexts.enter_context(model_attention(model, options.precision))
+    contexts.enter_context(model_weights(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
     return compiled_when_called(terms, try_out) if options.compile else terms
 

@@ -44,11 +44,11 @@ def test_layer_entropies_has_one_value_a_layer(swin):
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_the_earliest_layer_that_is_not_finite_is_named(request, name, value):
     model, images = request.getfixturevalue(name), torch.randn(2, 3, 32, 32)
-    assert where_not_finite(model, images) == "all layers were finite before"
+    assert where_not_finite(model, images, "fp32") == "all layers were finite before"
     layers = [layer for layer, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for layer in reversed(layers):  # those after it are not finite either
         model.get_submodule(layer).weight.data[0] = value
-        assert where_not_finite(model, images) == f"{layer} is the first layer that is not"
+        assert where_not_finite(model, images, "fp32") == f"{layer} is the first layer that is not"
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -139,13 +139,16 @@ def test_optimisation_raises_entropy_and_approaches_the_labels(vit):
     ],
     ids=["head", "mlp", "attention", "embedding"],
 )
-def test_weights_that_are_not_finite_stop_with_the_term_and_the_layer(vit, tmp_path, value, parameter, term, layer):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_are_not_finite_stop_with_the_term_and_the_layer(
+    vit, tmp_path, precision, value, parameter, term, layer
+):
     vit.get_parameter(parameter).data[:] = value
     if parameter == "head.bias" and value == 1e38:
         pytest.skip("the same for all classes, and finite")
     message = rf"^{term} became (nan|-?inf) at step 1; expected finite losses; ({layer}) is the first layer that is not"
     with pytest.raises(FloatingPointError, match=message):
-        generate_data(vit, 2, settings=QUICK, progress=False, state=tmp_path)
+        generate_data(vit, 2, settings=dataclasses.replace(QUICK, precision=precision), progress=False, state=tmp_path)
     assert load_file(tmp_path / "batch-0.safetensors")["images"].isfinite().all()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
 

@@ -2,11 +2,21 @@ import dataclasses
 
 import pytest
 import torch
+from families import FAMILIES, build
 
 from generate_data import GenerationSettings, generate_data, generation_settings
 from models import build_model
+from utils.attention import attention_outputs, frozen
+from utils.losses import loss_terms, try_out
 from utils.options import parse_generation
-from utils.run.precision import LARGE, PRECISIONS, default_precision, float32_products, model_products
+from utils.run.precision import (
+    LARGE,
+    PRECISIONS,
+    default_precision,
+    float32_products,
+    model_products,
+    model_weights,
+)
 
 
 def flags():
@@ -52,6 +62,27 @@ def test_images_are_finite_and_losses_float32_in_every_precision(model, monkeypa
     assert torch.equal(terms["fp32"], terms["tf32"])
     assert not torch.equal(terms["fp32"][0], terms["bf16"][0])
     torch.testing.assert_close(terms["bf16"][0], terms["fp32"][0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_rounded_once_give_what_those_rounded_in_each_pass_give(family):
+    model = build(family)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    arguments = torch.randn(2, 3, 32, 32), torch.tensor([0, 0]), torch.tensor(100.0)
+    with frozen(model), attention_outputs(model) as outputs:
+        terms = loss_terms(model, outputs, "bf16")
+        expected = try_out(terms, *arguments)
+        with pytest.raises(KeyError), model_weights(model, "bf16"):
+            assert sum(weight.dtype == torch.bfloat16 for weight in model.parameters()) > 10
+            assert torch.equal(try_out(terms, *arguments), expected)
+            raise KeyError
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_weights_of_other_precisions_are_the_models_own(model, precision):
+    with model_weights(model, precision):
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 class Sized(torch.nn.Module):

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quant.families import ATTENTION
 from utils.entropy import patch_similarity_entropy
+from utils.run.precision import model_products
 
 
 @contextmanager
@@ -47,8 +48,8 @@ def layer_entropies(model: nn.Module, images: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def where_not_finite(model: nn.Module, images: Tensor) -> str:
-    """Say which is the first layer whose output for `images` is not finite."""
+def where_not_finite(model: nn.Module, images: Tensor, precision: str) -> str:
+    """Say which is the first layer whose output for `images` is not finite, with products of the precision."""
     names: list[str] = []
 
     def hook(name: str) -> Callable:
@@ -58,7 +59,8 @@ def where_not_finite(model: nn.Module, images: Tensor) -> str:
         for name, layer in model.named_modules():
             if not any(layer.children()):
                 hooks.enter_context(layer.register_forward_hook(hook(name)))
-        model(images)
+        with model_products(precision, images.device):
+            model(images)
     return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
 
 

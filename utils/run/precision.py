@@ -28,6 +28,24 @@ def model_products(precision: str, device: torch.device) -> torch.autocast | nul
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+@contextmanager
+def model_weights(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within the context the weights of products and convolutions are what `model_products` would make of them.
+
+    It would round those that ask for no gradient anew in each pass.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    kept = [(weight, weight.data) for weight in weights] if precision == "bf16" else []
+    try:
+        for weight, data in kept:
+            weight.data = data.bfloat16()
+        yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
 def default_precision(device: torch.device, model: nn.Module) -> str:
     """What is fast for a model on a device without a loss of accuracy, else fp32.
 
