@@ -18,10 +18,6 @@ from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLi
 from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
 from quant.vit import QuantAttention
 
-# From this width on, deit_tiny's, three products are no slower in OpenVINO than one and its split, and in ONNX Runtime
-# a tenth faster. Those of the small models, 48 to 128, were up to 11 percent slower in OpenVINO, beside NNCF's files.
-WIDE = 192
-
 
 @torch.library.custom_op("psaq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -162,6 +158,7 @@ class OnnxHeads:
     product: what three read, ONNX Runtime does not make uint8.
     """
 
+    wide: int  # from this width on queries, keys and values are
     apart = False
 
     def prepare(self) -> None:
@@ -175,7 +172,7 @@ class OnnxHeads:
             all(isinstance(act, QuantAct) for act in acts)
             and all(isinstance(module, nn.Identity | None) for module in between)
             and not getattr(self.act_context, "symmetric", False)
-            and self.qkv.in_features >= WIDE
+            and self.qkv.in_features >= self.wide
         ):
             self.apart = True
             self.qkv = self.qkv.split(3)
@@ -198,6 +195,10 @@ class OnnxHeads:
 class OnnxAttention(OnnxHeads, QuantAttention):
     """Modifications: heads are merged in integers, too."""
 
+    # deit_tiny's: in ONNX Runtime a tenth faster, in OpenVINO no slower than one product and its split. demo_vit (96)
+    # and cifar_vit (128) would be 4 percent faster in ONNX Runtime, and up to 8 slower in OpenVINO
+    wide = 192
+
     def merge_heads(self, context: Tensor) -> Tensor:
         act, norm, gate = self.act_context, getattr(self, "norm", None), getattr(self, "gate", None)
         if isinstance(act, QuantAct) and not act.symmetric and isinstance(norm, nn.Identity | None) and gate is None:
@@ -207,6 +208,8 @@ class OnnxAttention(OnnxHeads, QuantAttention):
 
 class OnnxWindowAttention(OnnxHeads, QuantWindowAttention):
     """Modifications: the heads; and the bias table holds integers, one for each pair of tokens: (h, N, N)."""
+
+    wide = 96  # swin_tiny's first stage: at batch 8 2 to 5 percent faster in both runtimes; small Swins do not tell
 
     def prepare(self) -> None:
         super().prepare()

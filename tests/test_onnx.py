@@ -24,8 +24,13 @@ EXPORTED = {}  # of the fixtures' models, which are the same in every test: an e
 @pytest.fixture(params=[True, False], ids=["wide", "narrow"])
 def wide(request, monkeypatch):
     """Whether a model counts as wide."""
-    monkeypatch.setattr(operators, "WIDE", 0 if request.param else 1000)
+    count_as_wide(monkeypatch, from_width=0 if request.param else 1000)
     return request.param
+
+
+def count_as_wide(monkeypatch, from_width):
+    for attention in (operators.OnnxAttention, operators.OnnxWindowAttention):
+        monkeypatch.setattr(attention, "wide", from_width)
 
 
 def quantized(model, w_bit=8, a_bit=8, skip=(), recipe=PAPER):
@@ -34,7 +39,7 @@ def quantized(model, w_bit=8, a_bit=8, skip=(), recipe=PAPER):
 
 def exported(model, w_bit=8, a_bit=8, recipe=PAPER):
     """A fixture's model, calibrated, and its graph, which several tests look at."""
-    case = (type(model), w_bit, a_bit, recipe, operators.WIDE)
+    case = (type(model), w_bit, a_bit, recipe, operators.OnnxAttention.wide)
     if case not in EXPORTED:
         simulated = quantized(model, w_bit, a_bit, recipe=recipe)
         EXPORTED[case] = simulated, to_onnx(simulated)
@@ -147,7 +152,7 @@ def test_heads_are_moved_in_integers_and_windows_in_float(model, wide):
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path, monkeypatch):
     """Keys and values, too, as weights are: ONNX Runtime does the same of uint8 by uint8 more slowly."""
-    monkeypatch.setattr(operators, "WIDE", 0)
+    count_as_wide(monkeypatch, from_width=0)
     if qkv_bias:
         _, graph = exported(model, recipe=INPUTS)
     else:
@@ -196,7 +201,7 @@ def test_int4_weights_take_half_the_space(vit):
 
 def test_int4_weights_are_those_of_split_layers_too(vit, monkeypatch):
     """Beside 8-bit ones of the same width, whose zero points they share."""
-    monkeypatch.setattr(operators, "WIDE", 0)
+    count_as_wide(monkeypatch, from_width=0)
     graph = to_onnx(quantized(vit, 4, 8, recipe=INPUTS), int4=True)
     types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     parts = [types[f"blocks.{block}.attn.qkv.{part}.weight"] for block in range(2) for part in range(3)]

@@ -53,7 +53,7 @@ def test_model_is_left_as_it_is(model):
 @torch.no_grad()
 @pytest.mark.parametrize("width", [0, 1000], ids=["wide", "narrow"])
 def test_queries_keys_and_values_are_those_of_the_simulation(vit, width, monkeypatch):
-    monkeypatch.setattr("quant.operators.WIDE", width)
+    monkeypatch.setattr("quant.operators.OnnxAttention.wide", width)
     simulated = calibrate(quantize_model(vit, recipe=INPUTS), IMAGES).blocks[0].attn
     prepared = prepare(vit).blocks[0].attn
     x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(2))
