@@ -16,6 +16,7 @@ from quant.biases import drop_key_biases
 from quant.contrast import add_shaded, stretch
 from quant.families import SWAPS, check_supported, untouched
 from quant.learning import Student
+from quant.parts import add_parts
 from quant.quantizers import BIT_WIDTHS, FLOAT_BITS
 from quant.ranges import search_ranges
 from quant.recipes import PAPER, Recipe, matches
@@ -189,11 +190,11 @@ def follow(
 
 def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
     """Drop biases, observe and search ranges, then round the weights; returns the model, calibrated."""
-    recipe, run = model.recipe, partial(forward, model, images, batch_size)
+    recipe = model.recipe
     if recipe.drop_key_biases and not obstacle(model):
         drop_key_biases(model)
     with observing(model):
-        run()
+        forward(model, images, batch_size)
     for name, (low, high) in activation_ranges(model).items():
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN as well
             raise FloatingPointError(f"{name} spans {low} to {high} in calibration; expected finite activations")
@@ -204,7 +205,8 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
         search_ranges(model, images, batch_size, contexts)
     for _, act in modules.named_activations(model):
         act.freeze()
-    moments = input_moments(layers, run) if recipe.compensate else {}
+    seen = add_parts(images) if recipe.enlarge else images
+    moments = input_moments(layers, partial(forward, model, seen, batch_size)) if recipe.compensate else {}
     for name, layer in layers.items():
         layer.freeze(moments.get(name))
     return model

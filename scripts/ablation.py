@@ -31,6 +31,7 @@ from utils.run.progress import progress_bar
 
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
 TECHNIQUES = ("search_ranges", "stretch", "shade", "windows", "balance", "rotate", "drop_key_biases", "compensate")
+TECHNIQUES += ("enlarge",)
 KEY = ("model", "w_bit", "a_bit", "recipe", "seed", "n")
 COLUMNS = (*KEY, "top1", "float_top1", "agreement", "calibrate_s", "calibration_images", *ORIGIN)
 

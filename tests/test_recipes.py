@@ -11,9 +11,10 @@ from timm.data import resolve_model_data_config
 
 from models.saved import load_quantized, save_quantized
 from models.zoo import build_model
-from quant import activation_ranges, calibrate, quantize_model, quantizer_bits
+from quant import activation_ranges, calibrate, convert, quantize_model, quantizer_bits
 from quant.integers import integer_state, load_integer_state
-from quant.modules import named_activations
+from quant.modules import named_activations, quantized_weights
+from quant.parts import add_parts
 from quant.recipes import BEST, INPUTS, PAPER, Recipe
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -61,6 +62,24 @@ def test_shaded_images_calibrate_beside_what_they_were(vit):
         model = calibrate(quantize_model(copy.deepcopy(vit), recipe=recipe), IMAGES.clamp(-0.1, 0.1))
         ranges[recipe.shade] = activation_ranges(model)["act_input"]
     assert ranges[True][0] < -1 < ranges[False][0] and ranges[True][1] > 1 > ranges[False][1]
+
+
+@torch.no_grad()
+def test_parts_are_seen_by_compensation_and_by_no_range(model, monkeypatch):
+    seen, forward = [], convert.forward
+    monkeypatch.setattr(
+        convert, "forward", lambda model, images, size: seen.append(images) or forward(model, images, size)
+    )
+    recipe, models = replace(INPUTS, compensate=True), {}
+    for enlarge in (False, True):
+        models[enlarge] = quantize_model(copy.deepcopy(model), 4, 4, recipe=replace(recipe, enlarge=enlarge))
+        calibrate(models[enlarge], IMAGES)
+    whole, enlarged = models[False], models[True]
+    for images, expected in zip(seen, (IMAGES, IMAGES, IMAGES, add_parts(IMAGES)), strict=True):
+        assert torch.equal(images, expected)
+    assert activation_ranges(enlarged) == activation_ranges(whole)
+    weights = zip(quantized_weights(enlarged), quantized_weights(whole), strict=True)
+    assert any(not torch.equal(layer.weight, other.weight) for (_, layer), (_, other) in weights)
 
 
 @pytest.mark.parametrize("helps", [True, False])
