@@ -182,7 +182,7 @@ def follow(
     if not recipe.learn or min(quantizer_bits(model).values()) > recipe.learn_bits:
         return fit(model, images, batch_size)
     teacher = copy.deepcopy(model)
-    student = Student(fit(model, images, batch_size), teacher, images, recipe.learn)
+    student = Student(fit(model, images, batch_size), teacher, images, recipe.learn, recipe.enlarge)
     learn(student)
     student.finish()
     return model

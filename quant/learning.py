@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.modules import named_activations, quantized_weights
+from quant.parts import enlarge
 from quant.quantizers import signed_grid
 
 BATCH = 32  # images of a step
@@ -36,7 +37,9 @@ class Student:
         total: steps that are to be done.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, images: Tensor, steps: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, images: Tensor, steps: int, parts: bool = False, seed: int = 0
+    ) -> None:
         """Begin with what calibration left.
 
         Args:
@@ -44,9 +47,10 @@ class Student:
             teacher: the same model before it was: in float, with its channels in the same basis.
             images: (B, 3, H, W), normalised.
             steps: to be done in all.
+            parts: of half of a step's images a part is seen, enlarged, and not the whole.
         """
         self.model, self.teacher, self.images = model, teacher.requires_grad_(False), images
-        self.total = steps
+        self.total, self.parts = steps, parts
         self.random = torch.Generator().manual_seed(seed)
         self.layers = dict(quantized_weights(model.requires_grad_(False)))
         self.acts = {name: act for name, act in named_activations(model) if act.scale is not None}
@@ -104,14 +108,17 @@ class Student:
             layer.weight.copy_(self.codes[name].clamp_(*signed_grid(layer.w_bit)).round() * layer.weight_scale)
 
     def draw(self) -> Tensor:
-        """Some of the images, shifted cyclically, all by the same offsets, and flipped in half of all cases."""
+        """Some of the images, shifted cyclically, all by the same offsets, flipped in half of all cases; or parts."""
         images = self.images[torch.randperm(len(self.images), generator=self.random)[:BATCH]]
         reach = [round(side * REACH) for side in images.shape[2:]]
         offsets = [int(torch.randint(-most, most + 1, (), generator=self.random)) for most in reach]
         flipped = torch.rand(len(images), 1, 1, 1, generator=self.random) < 0.5
         shifted = images.roll(offsets, dims=(2, 3))
-        device = next(self.model.parameters()).device
-        return torch.where(flipped.to(shifted.device), shifted.flip(3), shifted).to(device)
+        images = torch.where(flipped.to(shifted.device), shifted.flip(3), shifted)
+        if self.parts:
+            half = len(images) // 2
+            images = torch.cat([enlarge(images[:half], self.random), images[half:]])
+        return images.to(next(self.model.parameters()).device)
 
     def error(self, images: Tensor) -> Tensor:
         """The squared error relative to the teacher's variance, mean over the blocks' outputs and the model's: 0-d."""

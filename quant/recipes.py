@@ -27,7 +27,7 @@ class Recipe:
     windows: bool = False  # quant/windows.py: within windows contexts reach as far as values
     search_ranges: bool = False  # quant/ranges.py; without it smallest and largest value
     compensate: bool = False  # quant/rounding.py; without it weights are rounded to the nearest
-    enlarge: bool = False  # quant/parts.py: parts of each image, enlarged, are among what compensation sees
+    enlarge: bool = False  # quant/parts.py: compensation and learning see parts of each image, too, enlarged
     learn: int = 0  # steps of quant/learning.py, after all of it,
     learn_bits: int = 7  # where weights or activations have no more bits than these
     images: int = 32  # to calibrate on, if nobody says otherwise

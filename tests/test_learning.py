@@ -28,7 +28,7 @@ RECIPE = replace(INPUTS, search_ranges=True, compensate=True, learn=3)
 def student_of(model, w_bit=4, a_bit=4, recipe=RECIPE):
     quantized = quantize_model(copy.deepcopy(model), w_bit, a_bit, recipe=recipe)
     teacher = copy.deepcopy(quantized)
-    return Student(fit(quantized, IMAGES, 32), teacher, IMAGES, recipe.learn)
+    return Student(fit(quantized, IMAGES, 32), teacher, IMAGES, recipe.learn, recipe.enlarge)
 
 
 @torch.no_grad()
@@ -133,6 +133,18 @@ def test_images_are_moved_and_flipped(vit):
     student.images = torch.arange(32.0).expand(16, 3, 32, 32).contiguous()
     rows = {tuple(row.tolist()) for _ in range(20) for row in student.draw()[:, 0, 0]}
     assert len(rows) > 10 and all(sorted(row) == list(range(32)) for row in rows)
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_of_half_of_the_images_parts_are_seen(vit, number):
+    student = student_of(vit, recipe=replace(RECIPE, enlarge=True))
+    student.images = torch.arange(32.0).expand(number, 3, 32, 32).contiguous()
+    seen = [student.draw() for _ in range(20)]
+    for images in seen:
+        whole = [sorted(row.tolist()) == list(range(32)) for row in images[:, 0, 0]]
+        assert images.shape == (number, 3, 32, 32) and sum(whole) == number - number // 2
+    if number > 1:
+        assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_outputs_are_those_of_every_block_and_the_model(model):
