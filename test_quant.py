@@ -29,7 +29,7 @@ from models import (
     short_name,
 )
 from models.saved import load_quantized, require_onnx, write_models
-from quant import RECIPES, activation_ranges, calibrate, quantize_model
+from quant import RECIPES, activation_ranges, calibrate, quantize_model, quantizer_bits
 from utils import report
 from utils.cache import check_cache
 from utils.data import Images, draw_images, open_data
@@ -118,7 +118,10 @@ def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
     try:
         recipe = RECIPES[options.recipe]
         recipe = recipe.without_zero_points() if options.symmetric else recipe
-        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
+        swapped = quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
+        if options.recipe == "learned" and min(quantizer_bits(swapped).values()) > recipe.learn_bits:
+            note("--recipe learned: nothing has fewer than 8 bits, so nothing is learned; it is best with more images")
+        return swapped
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error
 

@@ -378,6 +378,16 @@ def test_plots_without_matplotlib_are_refused_before_any_work(monkeypatch):
         quick("--plots")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "w_bit", "a_bit", "told"),
+    [("learned", 8, 8, True), ("learned", 16, 8, True), ("learned", 8, 4, False), ("best", 8, 8, False)],
+)
+def test_where_nothing_is_learned_a_line_says_so(capsys, recipe, w_bit, a_bit, told):
+    bits = ["--w_bit", str(w_bit), "--a_bit", str(a_bit)]
+    test_quant.swap_layers(parse_run(["--model", "demo_vit", "--recipe", recipe, *bits]), build_model("demo_vit"))
+    assert ("nothing is learned" in capsys.readouterr().err) == told
+
+
 def test_skipped_layers_are_reported(tmp_path, image_root, capsys):
     arguments = [
         "--dataset",
