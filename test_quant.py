@@ -120,7 +120,8 @@ def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
         recipe = recipe.without_zero_points() if options.symmetric else recipe
         swapped = quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
         if options.recipe == "learned" and min(quantizer_bits(swapped).values()) > recipe.learn_bits:
-            note("--recipe learned: nothing has fewer than 8 bits, so nothing is learned; it is best with more images")
+            told = "nothing is learned, as nothing has fewer than 8 bits: the same as --recipe best on as many images"
+            swapped.notes = [*model_notes(swapped), told]
         return swapped
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error
