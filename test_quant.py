@@ -29,7 +29,7 @@ from models import (
     short_name,
 )
 from models.saved import load_quantized, require_onnx, write_models
-from quant import RECIPES, activation_ranges, calibrate, quantize_model
+from quant import RECIPES, activation_ranges, calibrate, learns, quantize_model
 from utils import report
 from utils.cache import check_cache
 from utils.data import Images, draw_images, open_data
@@ -118,9 +118,13 @@ def swap_layers(options: argparse.Namespace, model: nn.Module) -> nn.Module:
     try:
         recipe = RECIPES[options.recipe]
         recipe = recipe.without_zero_points() if options.symmetric else recipe
-        return quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
+        swapped = quantize_model(copy.deepcopy(model), options.w_bit, options.a_bit, options.skip_layers, recipe)
     except ValueError as error:
         raise InputError(f"--skip-layers: {error}") from error
+    if options.recipe == "learned" and not learns(swapped):
+        told = "nothing is learned, as nothing has fewer than 8 bits: the same as --recipe best on as many images"
+        swapped.notes.append(told)
+    return swapped
 
 
 def calibration_images(

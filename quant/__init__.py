@@ -5,6 +5,7 @@ from quant.convert import (
     calibrate,
     check_calibrated,
     is_calibrated,
+    learns,
     quantize_model,
     quantizer_bits,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "check_calibrated",
     "check_supported",
     "is_calibrated",
+    "learns",
     "quantize_model",
     "quantizer_bits",
 ]

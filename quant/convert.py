@@ -179,13 +179,18 @@ def follow(
         images = add_shaded(images, config["mean"], config["std"])
     if recipe.rotate and not obstacle(model):
         choose_rotation(model, images, batch_size)
-    if not recipe.learn or min(quantizer_bits(model).values()) > recipe.learn_bits:
+    if not learns(model):
         return fit(model, images, batch_size)
     teacher = copy.deepcopy(model)
     student = Student(fit(model, images, batch_size), teacher, images, recipe.learn, recipe.enlarge)
     learn(student)
     student.finish()
     return model
+
+
+def learns(model: nn.Module) -> bool:
+    """Whether `calibrate` is to learn: of a swapped model's recipe, for its bits."""
+    return bool(model.recipe.learn) and min(quantizer_bits(model).values()) <= model.recipe.learn_bits
 
 
 def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:

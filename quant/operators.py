@@ -158,7 +158,7 @@ class OnnxHeads:
     product: what three read, ONNX Runtime does not make uint8.
     """
 
-    wide: int  # from this width on queries, keys and values are
+    wide: int  # the width from which on that pays
     apart = False
 
     def prepare(self) -> None:

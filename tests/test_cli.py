@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
 import test_quant
-from models import build_model, evaluation_transform
+from models import build_model, evaluation_transform, model_notes
 from models.small import SMALL_MODELS
 from test_quant import run
 from utils import photographs
@@ -376,6 +376,16 @@ def test_plots_without_matplotlib_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(test_quant, "build_model", lambda *arguments: pytest.fail("builds the model"))
     with pytest.raises(InputError, match=r"--plots needs matplotlib: pip install -r requirements-plots\.txt"):
         quick("--plots")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "w_bit", "a_bit", "told"),
+    [("learned", 8, 8, True), ("learned", 16, 8, True), ("learned", 8, 4, False), ("best", 8, 8, False)],
+)
+def test_where_nothing_is_learned_a_line_says_so(recipe, w_bit, a_bit, told):
+    options = parse_run(["--model", "demo_vit", "--recipe", recipe, "--w_bit", str(w_bit), "--a_bit", str(a_bit)])
+    swapped = test_quant.swap_layers(options, build_model("demo_vit"))
+    assert any("nothing is learned" in note for note in model_notes(swapped)) == told
 
 
 def test_skipped_layers_are_reported(tmp_path, image_root, capsys):

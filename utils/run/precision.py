@@ -32,7 +32,7 @@ def model_products(precision: str, device: torch.device) -> torch.autocast | nul
 def model_weights(model: nn.Module, precision: str) -> Iterator[None]:
     """Within the context the weights of products and convolutions are what `model_products` would make of them.
 
-    It would round those that ask for no gradient anew in each pass.
+    Left to it, those that ask for no gradient would be rounded anew in each pass.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
