@@ -30,8 +30,17 @@ from utils.run.precision import float32_products
 from utils.run.progress import progress_bar
 
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
-TECHNIQUES = ("search_ranges", "stretch", "shade", "windows", "balance", "rotate", "drop_key_biases", "compensate")
-TECHNIQUES += ("enlarge",)
+TECHNIQUES = (
+    "search_ranges",
+    "stretch",
+    "shade",
+    "windows",
+    "balance",
+    "rotate",
+    "drop_key_biases",
+    "compensate",
+    "enlarge",
+)
 KEY = ("model", "w_bit", "a_bit", "recipe", "seed", "n")
 COLUMNS = (*KEY, "top1", "float_top1", "agreement", "calibrate_s", "calibration_images", *ORIGIN)
 

@@ -62,21 +62,17 @@ def precision_table(rows: list[dict[str, str]]) -> str:
 
 
 def precision_large_table(rows: list[dict[str, str]]) -> str:
-    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision.
-
-    Those in bfloat16, its default, are among the rows of the recipes, or in a file of their own if they were judged on
-    other images.
-    """
+    """A larger model, of which scripts/ablation.py has measured images that were generated in either precision."""
     if not rows:
         return "Not run yet."
     lines = ["| recipe | images (float) | bits | top-1: fp32 | bf16 | difference | same prediction: fp32 | bf16 |"]
     lines.append("|---" * 8 + "|")
-    by_default = read_csv(RESULTS / "recipes.csv") + read_csv(RESULTS / "precision_large_bf16.csv")
+    bfloat16 = read_csv(RESULTS / "precision_large_bf16.csv")
     seeds = len({row["seed"] for row in rows})
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         first = next(row for row in rows if row["recipe"] == recipe)
         alike = {key: first[key] for key in ("model", "recipe", "n")}
-        both = [[row for row in some if alike.items() <= row.items()] for some in (rows, by_default)]
+        both = [[row for row in some if alike.items() <= row.items()] for some in (rows, bfloat16)]
         judged_on = f"{first['n']} ({float(first['float_top1']):.2f})"
         for w_bit, a_bit in bit_widths(both[0]):
             pairs = [with_bits(some, (w_bit, a_bit)) for some in both]
