@@ -18,6 +18,7 @@ from timm.models import (
     deit,
     eva,
     load_state_dict,
+    naflexvit,
     swin_transformer,
     swin_transformer_v2,
     vision_transformer,
@@ -35,6 +36,7 @@ _CONVERTERS: dict[type[nn.Module], Callable] = {
     swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
+    naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
 }
 TABLE = "relative_position_bias_table"
 RESAMPLED = ("pos_embed", TABLE, "patch_embed.proj.weight")  # by timm's converters, to fit the model

@@ -10,11 +10,13 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from models.checkpoints import first_line, input_options, load_state, num_classes, read_checkpoint
 from models.folders import folder_source
 from models.hub import CACHE_HELP, WEIGHTS, cached_file, unreachable
+from models.naflex import at_size
 from models.small import SMALL_MODELS
 from models.source import Source
 from quant import UnsupportedModelError, check_supported
@@ -70,7 +72,7 @@ def build_model(
         if state is None and pretrained:
             model = _download(source.tag, source.config, options)
         else:
-            model = build_architecture(source.tag, source.config, **options)
+            model = _create(source.tag, source.config, options)
     except _BUILD_ERRORS as error:
         if isinstance(error, InputError):
             raise
@@ -79,6 +81,7 @@ def build_model(
         ) from error
     if state is not None:
         load_state(model, state, checkpoint, resample=bool(img_size))
+    model = _of_one_size(model, options)
     model.notes = [*source.notes]
     if not model.num_classes:
         model.notes.append("no classifier: images are generated without L_OH, and embeddings are compared")
@@ -96,18 +99,7 @@ def build_architecture(tag: str, config: dict, **options: Any) -> nn.Module:
         config: what differs from timm's data configuration of the model, as in `data_config`.
         options: arguments of the constructor, such as num_classes and img_size; norm_eps is the epsilon of all norms.
     """
-    arguments = {key: value for key, value in options.items() if key != "norm_eps"}
-    if tag in SMALL_MODELS:
-        model = SMALL_MODELS[tag](**arguments)
-        model.pretrained_cfg = {"crop_pct": 1.0, **config}  # images of exactly the model's size, as in its training
-    else:
-        model = timm.create_model(tag, pretrained_cfg_overlay=config, **arguments)
-    if "norm_eps" in options:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = options["norm_eps"]
-    model.model_args = {key: value for key, value in options.items() if key not in ("num_classes", "img_size")}
-    return model.eval()
+    return _of_one_size(_create(tag, config, options), options)
 
 
 def find_source(name: str) -> Source:
@@ -187,6 +179,31 @@ def class_names(model: nn.Module) -> list[str] | None:
 def model_notes(model: nn.Module) -> list[str]:
     """What a run is to say of a model from `build_model`: resampled positions, preprocessing that was not given."""
     return list(getattr(model, "notes", []))
+
+
+def _create(tag: str, config: dict, options: dict) -> nn.Module:
+    """`build_architecture`, but that a model for any image size stays one."""
+    arguments = {key: value for key, value in options.items() if key != "norm_eps"}
+    if tag in SMALL_MODELS:
+        model = SMALL_MODELS[tag](**arguments)
+        model.pretrained_cfg = {"crop_pct": 1.0, **config}  # images of exactly the model's size, as in its training
+    else:
+        model = timm.create_model(tag, pretrained_cfg_overlay=config, **arguments)
+    if "norm_eps" in options:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = options["norm_eps"]
+    model.model_args = {key: value for key, value in options.items() if key not in ("num_classes", "img_size")}
+    return model.eval()
+
+
+def _of_one_size(model: nn.Module, options: dict) -> nn.Module:
+    """The model, for images of the size that options or its own configuration name."""
+    if not isinstance(model, NaFlexVit):
+        return model
+    vit = at_size(model, _size(options.get("img_size") or model.pretrained_cfg["input_size"][1:]))
+    vit.model_args = getattr(model, "model_args", {})
+    return vit
 
 
 def _outline(source: Source) -> nn.Module:

@@ -3,7 +3,7 @@
     python scripts/architectures.py --refused
 
 Every architecture that timm has weights for and that has attention between tokens is built without memory for its
-weights, and checked as `quantize_model` does before it changes anything. Prints a table, and with --refused the first
+weights, and checked as `build_model` does before it downloads anything. Prints a table, and with --refused the first
 reason for each architecture that is not taken.
 """
 
@@ -20,9 +20,11 @@ from importlib import import_module
 
 import timm
 import torch
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models.naflex import at_size
 from quant import UnsupportedModelError, check_supported
 from utils.run.progress import progress_bar
 
@@ -78,6 +80,8 @@ def has_attention(model: nn.Module) -> bool:
 def reason(model: nn.Module) -> str:
     """Why a model is refused; empty if it is taken."""
     try:
+        if isinstance(model, NaFlexVit):
+            model = at_size(model, model.pretrained_cfg["input_size"][1:])
         check_supported(model)
     except UnsupportedModelError as error:
         return str(error)
