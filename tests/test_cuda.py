@@ -110,7 +110,7 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     quantized = quantize_model(copy.deepcopy(model), 4, 4, recipe=LEARNED)
     teacher = copy.deepcopy(quantized)
-    student = Student(fit(copy.deepcopy(quantized), images, 32), teacher, images, steps=60)
+    student = Student(fit(copy.deepcopy(quantized), images, 32), teacher, images, steps=60, parts=True)
     before = student.error(images.cuda()).item()
     with pytest.raises(Stopped), monkeypatch.context() as patch:
         steps = student.step
@@ -122,7 +122,7 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
 
         patch.setattr(student, "step", interrupted)
         learn(student, tmp_path)
-    again = Student(fit(quantized, images, 32), teacher, images, steps=60)
+    again = Student(fit(quantized, images, 32), teacher, images, steps=60, parts=True)
     learn(again, tmp_path)
     again.finish()
     assert again.error(images.cuda()).item() < 0.9 * before
