@@ -135,6 +135,13 @@ def test_images_are_moved_and_flipped(vit):
     assert len(rows) > 10 and all(sorted(row) == list(range(32)) for row in rows)
 
 
+def test_of_a_rounded_activation_what_it_read_and_gave_is_kept():
+    kept, x, log_scale = [], torch.randn(8, 16, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = round_learned(log_scale, x, None, torch.tensor(3.0), (0, 15))
+    assert [tensor.data_ptr() for tensor in kept if tensor.ndim] == [x.data_ptr(), y.data_ptr()]
+
+
 @pytest.mark.parametrize("number", [1, 9])
 def test_of_half_of_the_images_parts_are_seen(vit, number):
     student = student_of(vit, recipe=replace(RECIPE, enlarge=True))
