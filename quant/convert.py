@@ -210,8 +210,10 @@ def fit(model: nn.Module, images: Tensor, batch_size: int) -> nn.Module:
         search_ranges(model, images, batch_size, contexts)
     for _, act in modules.named_activations(model):
         act.freeze()
-    seen = add_parts(images) if recipe.enlarge else images
-    moments = input_moments(layers, partial(forward, model, seen, batch_size)) if recipe.compensate else {}
+    moments = {}
+    if recipe.compensate:
+        seen = add_parts(images) if recipe.enlarge else images
+        moments = input_moments(layers, partial(forward, model, seen, batch_size))
     for name, layer in layers.items():
         layer.freeze(moments.get(name))
     return model

@@ -109,7 +109,10 @@ class Student:
             layer.weight.copy_(self.codes[name].clamp_(*signed_grid(layer.w_bit)).round() * layer.weight_scale)
 
     def draw(self) -> Tensor:
-        """Some of the images, shifted cyclically, all by the same offsets, flipped in half of all cases; or parts."""
+        """Some of the images, shifted cyclically, all by the same offsets, and flipped in half of all cases.
+
+        Of half of them a part is seen, where parts are asked for.
+        """
         images = self.images[torch.randperm(len(self.images), generator=self.random)[:BATCH]]
         reach = [round(side * REACH) for side in images.shape[2:]]
         offsets = [int(torch.randint(-most, most + 1, (), generator=self.random)) for most in reach]
