@@ -10,6 +10,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
 from utils.run.precision import default_precision, float32_products, is_large, model_weights
 from utils.run.progress import progress_bar
+from utils.run.replay import replayed
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
 from utils.run.state import digest, unfinished
@@ -100,6 +102,7 @@ def generate_data(
     settings = settings or GenerationSettings()
     batches = list(enumerate(draw_labels(num_images, model.num_classes, seed).split(settings.batch_size)))
     mine, finished, total = batches[rank() :: world_size()], {}, settings.rounds * settings.steps
+    device = next(model.parameters()).device
     identity = {"weights": digest(model.parameters()) if state else None, "seed": seed, **asdict(settings)}
     identity["img_size"] = list(model.patch_embed.img_size)
     with (
@@ -111,10 +114,8 @@ def generate_data(
         stop_requests() as stop,
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
     ):
-        terms = loss_terms(model, outputs, settings.precision)
-        if settings.compile and not settings.checkpoint_activations:
-            begin = partial(bar.set_postfix_str, "compiling, for one to three minutes")
-            terms = compiled_when_called(terms, try_out, begin)
+        eager = loss_terms(model, outputs, settings.precision)
+        terms = launched_at_once(eager, settings, device, bar.set_postfix_str)
         advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
         for index, labels in mine:
             batch = Batch(model, terms, labels, seed, index, settings)
@@ -128,7 +129,7 @@ def generate_data(
                 file=state and state / f"batch-{index}.safetensors",
                 identity={**identity, "labels": labels.tolist()},
                 not_finite=partial(where_not_finite, model, batch.images, settings.precision),
-                out_of_memory=partial(what_fits, batch.try_out, len(labels), advice),
+                out_of_memory=partial(what_fits, partial(batch.try_out, eager), len(labels), advice),
             )
             bar.update(optimisation.done)
             optimisation.run(bar, stop)
@@ -137,6 +138,24 @@ def generate_data(
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
     return torch.cat([finished[index][0] for index in sorted(finished)])
+
+
+def launched_at_once(
+    terms: LossTerms,
+    settings: GenerationSettings,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda text: None,
+) -> LossTerms:
+    """The same terms for very many steps: compiled if asked for, else, on a GPU, recorded and replayed.
+
+    Args:
+        tell: is told what takes minutes, before it does.
+    """
+    if settings.checkpoint_activations:  # which keeps the state of random numbers: no part of a graph
+        return terms
+    if settings.compile:
+        return compiled_when_called(terms, try_out, partial(tell, "compiling, for one to three minutes"))
+    return replayed(terms) if device.type == "cuda" else terms
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -188,9 +207,9 @@ class Batch:
         shifted = self.images.roll((offset, offset), dims=(2, 3))
         return shifted.flip(3) if torch.rand((), generator=self.random) < 0.5 else shifted
 
-    def try_out(self, size: int) -> Tensor:
-        """The gradient for the first `size` images."""
-        return try_out(self.terms, self.images[:size], self.labels[:size], self.tv_target)
+    def try_out(self, terms: LossTerms, size: int) -> Tensor:
+        """The gradient of terms for the first `size` images."""
+        return try_out(terms, self.images[:size], self.labels[:size], self.tv_target)
 
 
 def learning_rate_factor(step: int, settings: GenerationSettings) -> float:

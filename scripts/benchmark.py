@@ -44,14 +44,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
 
-from generate_data import Batch, GenerationSettings, draw_labels
+from generate_data import Batch, GenerationSettings, draw_labels, launched_at_once
 from models import build_model
 from quant import calibrate, quantize_model
 from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen, model_attention
-from utils.losses import TERMS, LossTerms, loss_terms, try_out
+from utils.losses import TERMS, LossTerms, loss_terms
 from utils.outputs import CPU_BATCH
-from utils.run.compilation import REPEATED, compiled_when_called
+from utils.run.compilation import REPEATED
 from utils.run.environment import commit, device_name, versions
 from utils.run.errors import exit_cleanly
 from utils.run.files import check_writable, write_json
@@ -60,6 +60,7 @@ from utils.run.optimisation import Optimisation
 from utils.run.options import Parser, pick_device, positive
 from utils.run.precision import PRECISIONS, float32_products, model_products, model_weights
 from utils.run.progress import progress_bar
+from utils.run.replay import replayed
 
 
 def main() -> None:
@@ -178,7 +179,7 @@ def row_of(
         "device": device_name(device),
         "batch": options.batch,
         "precision": options.precision,
-        "mode": "compiled" if options.compile else "eager",
+        "mode": "compiled" if options.compile else "replayed" if device.type == "cuda" else "eager",
         "bare_ms": 1000 * bare,
         "step_ms": 1000 * step,
         "transcription_ms": transcription and 1000 * transcription,
@@ -226,13 +227,17 @@ def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStac
     contexts.enter_context(model_attention(model, options.precision))
     contexts.enter_context(model_weights(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
-    return compiled_when_called(terms, try_out) if options.compile else terms
+    return launched_at_once(terms, settings_of(options), next(model.parameters()).device)
 
 
 def new_batch(model: nn.Module, terms: LossTerms, options: argparse.Namespace) -> Batch:
     """Noise, as generation begins with it."""
-    settings = GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
-    return Batch(model, terms, draw_labels(options.batch, model.num_classes), 0, 0, settings)
+    return Batch(model, terms, draw_labels(options.batch, model.num_classes), 0, 0, settings_of(options))
+
+
+def settings_of(options: argparse.Namespace) -> GenerationSettings:
+    """As generation would have them."""
+    return GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
 
 
 def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
@@ -242,7 +247,10 @@ def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Ca
         with model_products(options.precision, images.device):
             return nn.functional.cross_entropy(model(images).float(), batch.labels)
 
-    loss = torch.compile(loss, fullgraph=True, **REPEATED) if options.compile else loss
+    if options.compile:
+        loss = torch.compile(loss, fullgraph=True, **REPEATED)
+    elif batch.images.device.type == "cuda":
+        loss = replayed(loss)
     return lambda: torch.autograd.grad(loss(batch.images), batch.images)
 
 

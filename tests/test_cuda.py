@@ -25,12 +25,14 @@ from quant.convert import fit
 from quant.learning import Student
 from quant.quantizers import asymmetric_scale, fake_quantize_, quantize_weight, unsigned_grid
 from quant.recipes import BEST, LEARNED, PAPER
+from utils.attention import attention_outputs, frozen
 from utils.entropy import patch_similarity_entropy
 from utils.learning import learn
-from utils.losses import total_variation
+from utils.losses import loss_terms, total_variation
 from utils.options import parse_generation, parse_run
 from utils.run.errors import InputError
 from utils.run.precision import PRECISIONS, default_precision, float32_products
+from utils.run.replay import replayed
 from utils.run.signals import Stopped
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -128,7 +130,7 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
     assert again.error(images.cuda()).item() < 0.9 * before
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, True], ids=["replayed", "compiled"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
 def test_images_begin_as_on_a_cpu_and_lower_the_loss(name, precision, compile, capfd):
@@ -143,10 +145,28 @@ def test_images_begin_as_on_a_cpu_and_lower_the_loss(name, precision, compile, c
     assert sum(losses[-1][:2]) < sum(losses[0][:2]) - 1  # entropy and class
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["demo_vit", "demo_swin"])
+def test_what_is_replayed_is_computed_anew_from_other_arguments(name, precision):
+    model = build_model(name).cuda()
+    with frozen(model), attention_outputs(model) as outputs:
+        terms = loss_terms(model, outputs, precision)
+        fast = replayed(terms)
+        for size in (4, 4, 2, 4):
+            images, target = torch.randn(size, 3, 64, 64, device="cuda"), torch.rand((), device="cuda")
+            arguments = images.requires_grad_(), torch.arange(size, device="cuda"), target
+            expected = terms(*arguments)
+            found = fast(*arguments)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            (gradient,) = torch.autograd.grad(expected.sum(), images)
+            torch.testing.assert_close(torch.autograd.grad(found.sum(), images)[0], gradient, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_are_generated_for_every_family(family):
+def test_images_are_generated_for_every_family(family, capfd):
     settings = GenerationSettings(steps=2, precision="bf16")
     assert generate_data(build(family).cuda(), 2, settings=settings, progress=False).isfinite().all()
+    assert "going on without it" not in capfd.readouterr().err
 
 
 def test_several_batches_are_compiled_once(capfd):

@@ -64,7 +64,7 @@ class TotalVariation(torch.autograd.Function):
         for (a, b), (to_a, to_b) in zip(_neighbours(images), _neighbours(gradient), strict=True):
             difference = a - b
             norm = torch.linalg.vector_norm(difference)
-            slope = torch.where(norm > 0, 1 / norm, 0)  # where all pixels are equal it is taken as 0
+            slope = (1 / norm).masked_fill(norm == 0, 0.0)  # where all pixels are equal it is taken as 0
             to_a.addcmul_(difference, slope)
             to_b.addcmul_(difference, slope, value=-1)
             norms.append(norm)

@@ -62,7 +62,6 @@ def attempt(function: Callable[[], Result]) -> Result | None:
         return None
 
 
-@torch.compiler.set_stance("force_eager")  # compiling for each size would take minutes
 def what_fits(function: Callable[[int], object], size: int, advice: Sequence[str] = ()) -> str:
     """What to say when there is not the memory for `size` images: `advice`, and how many there would be for.
 

@@ -1,0 +1,41 @@
+"""What a GPU does at every step, recorded once and replayed, so that it does not wait for each kernel's launch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from utils.run.memory import is_out_of_memory
+from utils.run.progress import note
+
+
+def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, and its backward pass, as CUDA graphs: one for each set of shapes that it is called with.
+
+    It computes the same bits. Where a graph cannot be recorded a line says so, and the function runs as it is.
+
+    Args:
+        function: of tensors on a GPU, which launches the same kernels whatever they hold and reads none of them on the
+            host. What it returns, and the gradients, hold until the next call.
+    """
+    recorded: dict[tuple[torch.Size, ...], Callable[..., Tensor]] = {}
+
+    def call(*arguments: Tensor) -> Tensor:
+        shapes = tuple(argument.shape for argument in arguments)
+        if shapes not in recorded:
+            recorded[shapes] = _record(function, arguments)
+        return recorded[shapes](*arguments)
+
+    return call
+
+
+def _record(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """The function as a graph for arguments of these shapes; itself, if that cannot be had."""
+    samples = tuple(argument.detach().clone().requires_grad_(argument.requires_grad) for argument in arguments)
+    try:
+        return torch.cuda.make_graphed_callables(function, samples)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        note(f"no CUDA graph could be recorded; going on without it ({str(error).splitlines()[0]})")
+    return function
