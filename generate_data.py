@@ -11,7 +11,8 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +29,13 @@ from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
 from utils.plots import plot_losses
-from utils.run.compilation import COMPILED_STEPS, compiled_when_called
+from utils.run.compilation import compiled_when_called
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
 from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
 from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
-from utils.run.precision import default_precision, float32_products, is_large, model_weights
+from utils.run.precision import default_precision, float32_products, model_weights
 from utils.run.progress import progress_bar
 from utils.run.replay import replayed
 from utils.run.seeds import make_deterministic, stream
@@ -115,25 +116,25 @@ def generate_data(
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
     ):
         eager = loss_terms(model, outputs, settings.precision)
-        terms = launched_at_once(eager, settings, device, bar.set_postfix_str)
         advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
-        for index, labels in mine:
-            batch = Batch(model, terms, labels, seed, index, settings)
-            optimisation = Optimisation(
-                batch.step,
-                TERMS,
-                total,
-                tensors={"images": batch.images},
-                optimizers=[batch.optimizer],
-                random=batch.random,
-                file=state and state / f"batch-{index}.safetensors",
-                identity={**identity, "labels": labels.tolist()},
-                not_finite=partial(where_not_finite, model, batch.images, settings.precision),
-                out_of_memory=partial(what_fits, partial(batch.try_out, eager), len(labels), advice),
-            )
-            bar.update(optimisation.done)
-            optimisation.run(bar, stop)
-            finished[index] = batch.images.detach().cpu(), optimisation.losses
+        with launched_at_once(eager, settings, device, bar.set_postfix_str) as terms:
+            for index, labels in mine:
+                batch = Batch(model, terms, labels, seed, index, settings)
+                optimisation = Optimisation(
+                    batch.step,
+                    TERMS,
+                    total,
+                    tensors={"images": batch.images},
+                    optimizers=[batch.optimizer],
+                    random=batch.random,
+                    file=state and state / f"batch-{index}.safetensors",
+                    identity={**identity, "labels": labels.tolist()},
+                    not_finite=partial(where_not_finite, model, batch.images, settings.precision),
+                    out_of_memory=partial(what_fits, partial(batch.try_out, eager), len(labels), advice),
+                )
+                bar.update(optimisation.done)
+                optimisation.run(bar, stop)
+                finished[index] = batch.images.detach().cpu(), optimisation.losses
     finished = {index: result for some in gather(finished) for index, result in some.items()}
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
@@ -145,17 +146,18 @@ def launched_at_once(
     settings: GenerationSettings,
     device: torch.device,
     tell: Callable[[str], None] = lambda text: None,
-) -> LossTerms:
-    """The same terms for very many steps: compiled if asked for, else, on a GPU, recorded and replayed.
+) -> AbstractContextManager[LossTerms]:
+    """The context of the same terms for very many steps: compiled if asked for, else, on a GPU, recorded and replayed.
 
     Args:
         tell: is told what takes minutes, before it does.
     """
     if settings.checkpoint_activations:  # which keeps the state of random numbers: no part of a graph
-        return terms
+        return nullcontext(terms)
     if settings.compile:
-        return compiled_when_called(terms, try_out, partial(tell, "compiling, for one to three minutes"))
-    return replayed(terms) if device.type == "cuda" else terms
+        begin = partial(tell, "compiling, for one to three minutes")
+        return nullcontext(compiled_when_called(terms, try_out, begin))
+    return replayed(terms) if device.type == "cuda" else nullcontext(terms)
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -220,18 +222,14 @@ def learning_rate_factor(step: int, settings: GenerationSettings) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (settings.steps - warmup))) / 2
 
 
-def generation_settings(
-    options: argparse.Namespace, num_images: int, device: torch.device, model: nn.Module
-) -> GenerationSettings:
-    """What the command line asks for, or else what is fast for so many images of the model on the device."""
-    settings = GenerationSettings(
+def generation_settings(options: argparse.Namespace, device: torch.device, model: nn.Module) -> GenerationSettings:
+    """What the command line asks for, or else what is fast for the model on the device."""
+    return GenerationSettings(
         steps=options.steps,
         precision=options.precision or default_precision(device, model),
+        compile=options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
-    steps = settings.rounds * settings.steps * math.ceil(num_images / settings.batch_size)
-    pays = device.type == "cuda" and is_large(model) and steps >= COMPILED_STEPS
-    return replace(settings, compile=pays if options.compile is None else options.compile)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -248,7 +246,7 @@ def run(options: argparse.Namespace) -> None:
             model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
         for line in model_notes(model):
             by_first(print)(line)
-        settings = generation_settings(options, options.num_images, device, model)
+        settings = generation_settings(options, device, model)
         images = generate_data(model, options.num_images, options.seed, settings, losses=losses, state=state)
         write(options, model, images, losses)
 

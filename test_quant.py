@@ -61,7 +61,7 @@ def quantize_and_evaluate(
     loading = options.val_batchsize, options.num_workers, options.cache, options.print_freq
     with record.stage("build", in_turn=True):
         model = build_model(options.model, options.checkpoint, img_size=options.img_size).to(device)
-        settings = generation_settings(options, options.calib_batchsize, device, model)
+        settings = generation_settings(options, device, model)
         trained = options.mode == 2 or (options.plots and dataset and (dataset / "train").is_dir())
         data = open_splits(options, dataset, model, trained)
     with record.stage("quantize", in_turn=True):

@@ -60,6 +60,8 @@ def build_model(
         checkpoint = source.weights()
     state = source.convert(read_checkpoint(checkpoint)) if checkpoint else None
     options = dict(source.options)
+    if getattr(outline, "dynamic_img_size", False):  # else positions are computed anew, on the host, in each pass
+        options["dynamic_img_size"] = False
     if state is not None:
         try:
             options |= {"num_classes": num_classes(state), **input_options(outline, state)}

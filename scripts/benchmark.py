@@ -77,7 +77,7 @@ def main() -> None:
     add("--device", metavar="NAME", help="cuda, cpu (cuda if there is one, else cpu)")
     what = "of the models' products in a step, side by side (fp32 bf16)"
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"], help=what)
-    add("--compile", action="store_true", help="compile bare model and step (eager)")
+    add("--compile", action="store_true", help="compile bare model and step (eager; on a GPU replayed)")
     add("--rounds", type=positive, default=11, metavar="N", help="timings of each, after two to warm up (11)")
     add("--no-transcription", action="store_true", help="leave it out: it takes long, and 4 GB at batch 8")
     add("--steps", type=positive, metavar="N", help="time the generation of two batches, 2 x N steps each (do not)")
@@ -217,7 +217,8 @@ def step_of(kind: str, model: nn.Module, options: argparse.Namespace, contexts: 
         return lambda: transcribed_step(model, batch, options.precision)
     contexts.enter_context(frozen(model))
     if kind == "bare":
-        return bare_step(model, new_batch(model, loss_terms(model, [], options.precision), options), options)
+        batch = new_batch(model, loss_terms(model, [], options.precision), options)
+        return bare_step(model, batch, options, contexts)
     batch = new_batch(model, step_terms(model, options, contexts), options)
     return lambda: batch.step(0)
 
@@ -227,7 +228,8 @@ def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStac
     contexts.enter_context(model_attention(model, options.precision))
     contexts.enter_context(model_weights(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
-    return launched_at_once(terms, settings_of(options), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return contexts.enter_context(launched_at_once(terms, settings_of(options), device))
 
 
 def new_batch(model: nn.Module, terms: LossTerms, options: argparse.Namespace) -> Batch:
@@ -240,8 +242,8 @@ def settings_of(options: argparse.Namespace) -> GenerationSettings:
     return GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
 
 
-def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Callable[[], object]:
-    """Forward and backward to the image, and nothing else."""
+def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace, contexts: ExitStack) -> Callable[[], object]:
+    """Forward and backward to the image, and nothing else; compiled or replayed as the step is."""
 
     def loss(images: Tensor) -> Tensor:
         with model_products(options.precision, images.device):
@@ -250,7 +252,7 @@ def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace) -> Ca
     if options.compile:
         loss = torch.compile(loss, fullgraph=True, **REPEATED)
     elif batch.images.device.type == "cuda":
-        loss = replayed(loss)
+        loss = contexts.enter_context(replayed(loss))
     return lambda: torch.autograd.grad(loss(batch.images), batch.images)
 
 

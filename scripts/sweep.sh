@@ -3,7 +3,7 @@
 #
 #   scripts/sweep.sh demo                          the README's demo table: no data set, no GPU
 #   scripts/sweep.sh cifar                         photographs: CIFAR-10, and the models that are trained on it
-#   scripts/sweep.sh precision                     the same, generated as a GPU does it: bfloat16 products, compiled
+#   scripts/sweep.sh precision                     the same, generated with bfloat16 products, compiled
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table, and the same with --recipe best
 #   MODELS=NAME DATASET=DIR OPTIONS="--checkpoint FILE" scripts/sweep.sh own    a model of your own
 #

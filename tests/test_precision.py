@@ -4,11 +4,10 @@ import pytest
 import torch
 from families import FAMILIES, build
 
-from generate_data import GenerationSettings, generate_data, generation_settings
+from generate_data import GenerationSettings, generate_data
 from models import build_model
 from utils.attention import attention_outputs, frozen
 from utils.losses import loss_terms, try_out
-from utils.options import parse_generation
 from utils.run.precision import (
     LARGE,
     PRECISIONS,
@@ -111,23 +110,6 @@ def test_a_cpu_computes_large_models_in_bf16_where_it_has_it(monkeypatch, capabi
 def test_a_torch_that_does_not_tell_computes_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert default_precision(torch.device("cpu"), Sized(LARGE)) == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("device", "size", "images", "options", "expected"),
-    [
-        ("cuda", LARGE, 97, [], True),
-        ("cuda", LARGE, 96, [], False),
-        ("cuda", LARGE, 128, ["--steps", "499"], False),
-        ("cuda", LARGE - 1, 128, [], False),
-        ("cuda", LARGE, 128, ["--no-compile"], False),
-        ("cpu", LARGE, 128, [], False),
-        ("cpu", 1, 1, ["--compile"], True),
-    ],
-)
-def test_a_gpu_compiles_many_steps_of_a_large_model(device, size, images, options, expected):
-    options = parse_generation(["--model", "demo_vit", "--precision", "fp32", *options])
-    assert generation_settings(options, images, torch.device(device), Sized(size)).compile is expected
 
 
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin", "cifar_vit", "cifar_swin"])

@@ -63,6 +63,15 @@ def test_other_timm_models_are_built_with_a_classifier_and_without(name, classes
     assert build_model(name, pretrained=False).num_classes == classes
 
 
+@torch.no_grad()
+def test_a_model_for_images_of_any_size_is_built_for_one():
+    name, images = "vit_small_patch16_dinov3", torch.randn(1, 3, 64, 64)
+    model, expected = build_model(name, pretrained=False, img_size=64), timm.create_model(name, img_size=64).eval()
+    expected.load_state_dict(model.state_dict())
+    assert expected.dynamic_img_size and not model.dynamic_img_size
+    assert torch.equal(model(images), expected(images))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     {

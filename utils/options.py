@@ -9,7 +9,6 @@ from quant.recipes import LEARNED, PAPER, RECIPES
 from utils.images import check_format
 from utils.plots import require_matplotlib
 from utils.report import MODES
-from utils.run.compilation import COMPILED_STEPS
 from utils.run.errors import InputError
 from utils.run.files import check_writable
 from utils.run.options import DEVICE_HELP, Parser, natural, positive
@@ -215,10 +214,9 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="generate with torch.compile: one to three minutes that pay on GPUs, where small kernels wait for their "
-        "launch, if the model is large and the images many; on a cpu it gained nothing (on cuda, for models from "
-        f"{LARGE // 10**6} million parameters and from {COMPILED_STEPS} steps, as of 128 images)",
+        action="store_true",
+        help="generate with torch.compile: one to three minutes that pay on a GPU from some 300 images of a large "
+        "model on; on a cpu it gained nothing (do not; on cuda steps are recorded once and replayed)",
     )
     add(
         "--checkpoint-activations",

@@ -23,7 +23,7 @@ def benchmark_table(rows: list[dict]) -> str:
 
 
 def benchmark_gpu_table(rows: list[dict]) -> str:
-    """The same of a GPU: steps eager and compiled, and images a second of the float model and of the simulation."""
+    """The same of a GPU: steps replayed and compiled, and images a second of the float model and of the simulation."""
     lines = ["| model | precision | mode | bare ms | step ms | step / float32 bare | step / bare | bare MB | step MB "]
     lines[0] += "| first batch s | one more s | float, images/s | simulated W8/A8, images/s |"
     lines.append("|---" * 13 + "|")

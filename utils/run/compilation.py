@@ -8,10 +8,6 @@ import torch
 
 from utils.run.progress import note
 
-# Of generation, from which compiling pays on a GPU, that is 4 batches: on an H100 it took 45 seconds for deit_base and
-# 158 for swin_small, and saved 41 and 52 a batch (docs/results.md)
-COMPILED_STEPS = 4000
-
 # For what is called very often with the same shapes: on a GPU its kernels are then replayed as CUDA graphs
 REPEATED = {"dynamic": False, "mode": "reduce-overhead"}
 
