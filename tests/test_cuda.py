@@ -163,6 +163,17 @@ def test_what_is_replayed_is_computed_anew_from_other_arguments(name, precision,
     assert not recwarn.list
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_second_gpu_replays_the_same():
+    model, losses = build_model("demo_vit"), []
+    for device in ("cuda:0", "cuda:1"):
+        rows: list[list[float]] = []
+        generate_data(model.to(device), 4, settings=GenerationSettings(steps=3), progress=False, losses=rows)
+        losses.append(torch.tensor(rows))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
+    assert (losses[0].diff(dim=0).abs().amax(dim=1) > 0).all()
+
+
 def test_what_was_recorded_holds_no_memory():
     model = build_model("deit_tiny", pretrained=False).cuda()
     before = torch.cuda.memory_allocated()

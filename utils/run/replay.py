@@ -30,10 +30,11 @@ def replayed(function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]
 
     def call(*arguments: Tensor) -> Tensor:
         shapes = tuple(argument.shape for argument in arguments)
-        if shapes not in recorded:
-            forget()
-            recorded[shapes] = _record(function, arguments)
-        return recorded[shapes](*arguments)
+        with torch.cuda.device_of(arguments[0]):  # of another than the current device nothing would be recorded
+            if shapes not in recorded:
+                forget()
+                recorded[shapes] = _record(function, arguments)
+            return recorded[shapes](*arguments)
 
     try:
         yield call
