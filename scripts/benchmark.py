@@ -224,7 +224,7 @@ def step_of(kind: str, model: nn.Module, options: argparse.Namespace, contexts: 
 
 
 def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStack) -> LossTerms:
-    """The loss of generation as long as `contexts` are open, compiled if asked for."""
+    """The loss of generation as long as `contexts` are open, compiled or replayed as there."""
     contexts.enter_context(model_attention(model, options.precision))
     contexts.enter_context(model_weights(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
