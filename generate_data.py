@@ -10,8 +10,7 @@ import utils.run.environment  # isort: skip  # noqa: F401 - first: a broken inst
 
 import argparse
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
 from utils.plots import plot_losses
-from utils.run.compilation import compiled_when_called
+from utils.run.compilation import repeated
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
 from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
@@ -37,7 +36,6 @@ from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
 from utils.run.precision import default_precision, float32_products, model_weights
 from utils.run.progress import progress_bar
-from utils.run.replay import replayed
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
 from utils.run.state import digest, unfinished
@@ -116,8 +114,13 @@ def generate_data(
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,
     ):
         eager = loss_terms(model, outputs, settings.precision)
-        advice = [] if settings.checkpoint_activations else ["--checkpoint-activations takes less"]
-        with launched_at_once(eager, settings, device, bar.set_postfix_str) as terms:
+        if settings.checkpoint_activations:  # which keeps the state of random numbers, and that is no part of a graph
+            fast, advice = nullcontext(eager), []
+        else:
+            begin = partial(bar.set_postfix_str, "compiling, for one to three minutes")
+            fast = repeated(eager, device, settings.compile, try_out, begin)
+            advice = ["--checkpoint-activations takes less"]
+        with fast as terms:
             for index, labels in mine:
                 batch = Batch(model, terms, labels, seed, index, settings)
                 optimisation = Optimisation(
@@ -139,25 +142,6 @@ def generate_data(
     if losses is not None:
         losses += [row for index in sorted(finished) for row in finished[index][1]]
     return torch.cat([finished[index][0] for index in sorted(finished)])
-
-
-def launched_at_once(
-    terms: LossTerms,
-    settings: GenerationSettings,
-    device: torch.device,
-    tell: Callable[[str], None] = lambda text: None,
-) -> AbstractContextManager[LossTerms]:
-    """The context of the same terms for very many steps: compiled if asked for, else, on a GPU, recorded and replayed.
-
-    Args:
-        tell: is told what takes minutes, before it does.
-    """
-    if settings.checkpoint_activations:  # which keeps the state of random numbers: no part of a graph
-        return nullcontext(terms)
-    if settings.compile:
-        begin = partial(tell, "compiling, for one to three minutes")
-        return nullcontext(compiled_when_called(terms, try_out, begin))
-    return replayed(terms) if device.type == "cuda" else nullcontext(terms)
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int = 0) -> Tensor:

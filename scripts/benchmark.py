@@ -44,14 +44,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle
 
-from generate_data import Batch, GenerationSettings, draw_labels, launched_at_once
+from generate_data import Batch, GenerationSettings, draw_labels
 from models import build_model
 from quant import calibrate, quantize_model
 from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen, model_attention
-from utils.losses import TERMS, LossTerms, loss_terms
+from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH
-from utils.run.compilation import REPEATED
+from utils.run.compilation import REPEATED, repeated
 from utils.run.environment import commit, device_name, versions
 from utils.run.errors import exit_cleanly
 from utils.run.files import check_writable, write_json
@@ -229,17 +229,13 @@ def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStac
     contexts.enter_context(model_weights(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
     device = next(model.parameters()).device
-    return contexts.enter_context(launched_at_once(terms, settings_of(options), device))
+    return contexts.enter_context(repeated(terms, device, options.compile, try_out))
 
 
 def new_batch(model: nn.Module, terms: LossTerms, options: argparse.Namespace) -> Batch:
     """Noise, as generation begins with it."""
-    return Batch(model, terms, draw_labels(options.batch, model.num_classes), 0, 0, settings_of(options))
-
-
-def settings_of(options: argparse.Namespace) -> GenerationSettings:
-    """As generation would have them."""
-    return GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
+    settings = GenerationSettings(steps=options.steps or 500, precision=options.precision, compile=options.compile)
+    return Batch(model, terms, draw_labels(options.batch, model.num_classes), 0, 0, settings)
 
 
 def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace, contexts: ExitStack) -> Callable[[], object]:

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import functools
 import math
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import generate_data as generation
-from generate_data import GenerationSettings, draw_labels, generate_data, launched_at_once, learning_rate_factor
+from generate_data import GenerationSettings, draw_labels, generate_data, learning_rate_factor
 from models import build_model, normalization
 from quant import calibrate, quantize_model
 from quant.recipes import BEST
@@ -189,23 +188,6 @@ def test_a_model_that_is_not_finite_ends_the_command_line_with_two(tmp_path, mon
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: L_PSE became nan at step 1; ") and "blocks.0.mlp.fc2 is the first layer" in last
-
-
-@pytest.mark.parametrize(
-    ("device", "options", "expected"),
-    [
-        ("cuda", {}, "replayed"),
-        ("cpu", {}, "eager"),
-        ("cuda", {"compile": True}, "compiled"),
-        ("cpu", {"compile": True}, "compiled"),
-        ("cuda", {"checkpoint_activations": True}, "eager"),
-    ],
-)
-def test_steps_are_replayed_on_a_gpu_unless_they_are_compiled(monkeypatch, device, options, expected):
-    monkeypatch.setattr(generation, "replayed", lambda terms: contextlib.nullcontext("replayed"))
-    monkeypatch.setattr(generation, "compiled_when_called", lambda terms, trial, begin: "compiled")
-    with launched_at_once("eager", GenerationSettings(**options), torch.device(device)) as terms:
-        assert terms == expected
 
 
 @pytest.mark.parametrize(

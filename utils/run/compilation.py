@@ -1,15 +1,31 @@
-"""torch.compile where it works, and a line that says so where it does not."""
+"""Functions that are called very often, made fast: torch.compile where it works, and a line that says where not."""
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from utils.run.progress import note
+from utils.run.replay import replayed
 
 # For what is called very often with the same shapes: on a GPU its kernels are then replayed as CUDA graphs
 REPEATED = {"dynamic": False, "mode": "reduce-overhead"}
+
+
+def repeated(
+    function: Callable, device: torch.device, compile: bool, trial: Callable, begin: Callable[[], None] = lambda: None
+) -> AbstractContextManager[Callable]:
+    """The context of `function` for very many calls: compiled if asked for, else, on a GPU, recorded and replayed.
+
+    Args:
+        function: of tensors on the device, as `replayed` has it.
+        trial, begin: as `compiled_when_called` has them.
+    """
+    if compile:
+        return nullcontext(compiled_when_called(function, trial, begin))
+    return replayed(function) if device.type == "cuda" else nullcontext(function)
 
 
 def compiled(function: Callable, trial: Callable[[Callable], object]) -> Callable:
