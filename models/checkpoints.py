@@ -22,6 +22,7 @@ from timm.models import (
     swin_transformer,
     swin_transformer_v2,
     vision_transformer,
+    vision_transformer_relpos,
 )
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ _CONVERTERS: dict[type[nn.Module], Callable] = {
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
+    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
 }
 TABLE = "relative_position_bias_table"
 RESAMPLED = ("pos_embed", TABLE, "patch_embed.proj.weight")  # by timm's converters, to fit the model

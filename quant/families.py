@@ -6,11 +6,11 @@ import torch
 from timm import layers as timm_layers
 from timm.layers import pos_embed_sincos
 from timm.models import beit as timm_beit
-from timm.models import deit, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models import deit, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from timm.models import eva as timm_eva
 from torch import Tensor, nn
 
-from quant import beit, blocks, eva, modules, pooling, swin, swin_v2, vit
+from quant import beit, blocks, eva, modules, pooling, relpos, swin, swin_v2, vit
 
 # Whole models, by family; then their parts. Exact types, not subclasses: what is not in one of these tables may compute
 # something that is not quantized here.
@@ -21,6 +21,7 @@ ROOTS: dict[type[nn.Module], type[nn.Module]] = {
     timm_eva.Eva: eva.QuantEva,
     timm_beit.Beit: beit.QuantBeit,
     swin_transformer_v2.SwinTransformerV2: swin_v2.QuantSwinTransformerV2,
+    vision_transformer_relpos.VisionTransformerRelPos: relpos.QuantVisionTransformerRelPos,
 }
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     **ROOTS,
@@ -49,11 +50,17 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     timm_beit.Attention: beit.QuantBeitAttention,
     timm_beit.RelativePositionBias: beit.QuantRelativePositionBias,
     timm_beit.Block: beit.QuantBeitBlock,
+    vision_transformer_relpos.RelPosAttention: relpos.QuantRelPosAttention,
+    timm_layers.RelPosBias: relpos.QuantRelPosBias,
+    timm_layers.RelPosMlp: relpos.QuantRelPosMlp,
+    vision_transformer_relpos.RelPosBlock: relpos.QuantRelPosBlock,
+    vision_transformer_relpos.ResPostRelPosBlock: relpos.QuantResPostRelPosBlock,
 }
 # Attention between tokens, whose output is the input of its `proj`
 ATTENTION = (
     *(vision_transformer.Attention, swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention),
     *(timm_eva.EvaAttention, timm_layers.AttentionRope, timm_beit.Attention),
+    vision_transformer_relpos.RelPosAttention,
 )
 # Modules that stay: containers, and functions without weights. Learned rotations depend on no image.
 INERT = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)

@@ -9,6 +9,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 
 ROW = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 STAGES = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
@@ -36,6 +37,15 @@ FAMILIES = {
     "beit": (Beit, ROW | {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.5}),
     "beit, one bias for all": (Beit, ROW | {"use_shared_rel_pos_bias": True, "swiglu_mlp": True, "scale_mlp": True}),
     "beit, both biases": (Beit, ROW | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": True}),
+    "relative positions": (VisionTransformerRelPos, ROW | {"init_values": 0.5, "fc_norm": True, "rel_pos_dim": 16}),
+    "relative positions, one bias for all": (
+        VisionTransformerRelPos,
+        ROW | {"shared_rel_pos": True, "class_token": True, "global_pool": "token", "qk_norm": True},
+    ),
+    "relative positions, post-norm": (
+        VisionTransformerRelPos,
+        ROW | {"block_fn": ResPostRelPosBlock, "rel_pos_type": "bias", "class_token": True},
+    ),
     "eva": (Eva, ROW | {"use_fc_norm": True}),
     "eva-02": (
         Eva,

@@ -18,7 +18,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 MOVES = ("Transpose", "Reshape", "Split", "Slice", "Gather", "Concat", "Expand", "Squeeze", "Unsqueeze", "Identity")
 MOVES += ("Tile", "GatherElements", "GatherND", "Cast")
 # One of each kind of attention; each takes seconds
-FAMILIES = ("norms inside", "siglip", "swin v2", "beit, both biases", "eva-02", "dinov3")
+FAMILIES = ("norms inside", "siglip", "swin v2", "beit, both biases", "relative positions", "eva-02", "dinov3")
 
 
 def float_products(graph):
