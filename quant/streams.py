@@ -6,6 +6,7 @@ import torch
 from timm.layers import RmsNorm
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 from quant.rotation import (
@@ -19,18 +20,19 @@ from quant.rotation import (
 
 Reading = tuple[nn.LayerNorm, list[nn.Linear], bool]  # a norm, what reads it, and whether that is padded with zeros
 _LARGEST_SHIFT = 1e3  # of a norm's channel, in units of its gain
-_BLOCKS = (Block, SwinTransformerBlock)
+_VIT = (VisionTransformer, VisionTransformerRelPos)
+_BLOCKS = (Block, RelPosBlock, SwinTransformerBlock)
 
 
 def obstacle(model: nn.Module) -> str | None:
     """Why a model cannot be rotated without changing what it computes; None if it can."""
-    if not isinstance(model, (VisionTransformer, SwinTransformer)):
+    if not isinstance(model, (*_VIT, SwinTransformer)):
         return f"{type(model).__name__.removeprefix('Quant')} is no ViT, DeiT or Swin"
     if not model.num_classes:
         return "without a classifier the stream's own basis is the result"
-    if isinstance(model, VisionTransformer) and (model.pos_embed is None or model.attn_pool is not None):
-        return "expected learned positions, and no attention pooling"
-    if isinstance(model, VisionTransformer):
+    if getattr(model, "attn_pool", None) is not None:
+        return "expected no attention pooling"
+    if isinstance(model, _VIT):
         if model.global_pool in ("max", "avgmax"):
             return f"what global_pool='{model.global_pool}' gives depends on the stream's basis"
         if not any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm)):
@@ -67,13 +69,14 @@ def rotate(model: nn.Module) -> None:
 
 
 def _rotate_vit(model: nn.Module) -> None:
-    if not all(isinstance(norm, nn.Identity) for norm in (model.norm_pre, model.patch_embed.norm)):
+    first = getattr(model, "norm_pre", None), model.patch_embed.norm
+    if not all(isinstance(norm, nn.Identity | None) for norm in first):
         return  # its affine part writes to the stream, channel by channel
     heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(model, name, None), nn.Linear)]
     norm = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     if not all(map(_can_be_folded, readings := [*_readings(model.blocks), (norm, heads, False)])):
         return
-    rotation = mean_keeping_rotation(model.embed_dim).to(model.pos_embed.device)
+    rotation = mean_keeping_rotation(model.embed_dim).to(model.patch_embed.proj.weight.device)
     rotate_output(model.patch_embed.proj, rotation)
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         if (parameter := getattr(model, name, None)) is not None:

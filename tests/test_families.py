@@ -23,7 +23,7 @@ from utils.attention import attention_outputs
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 UNSHADED = replace(BEST, shade=False)  # the images are noise, and what is compared are their own logits
-ROTATED = ("vit", "distilled", "vit of any size", "dinov2", "swin")
+ROTATED = ("vit", "distilled", "vit without positions", "vit of any size", "dinov2", "swin", "relative positions")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ from conftest import randomize
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 from quant.streams import rotate
 
@@ -20,6 +21,8 @@ VARIANTS = {
     "average pooling": (VisionTransformer, {"global_pool": "avg", "class_token": False}),
     "pre-norm": (VisionTransformer, {"pre_norm": True}),
     "no bias": (VisionTransformer, {"qkv_bias": False}),
+    "no positions": (VisionTransformer, {"pos_embed": "none"}),
+    "relative positions": (VisionTransformerRelPos, {"class_token": True, "fc_norm": True}),
 }
 
 
@@ -42,6 +45,7 @@ def test_a_rotated_vit_is_the_same_function(variant):
     assert untouched <= set(same)
     assert not any(name.endswith(("qkv.weight", "attn.proj.weight")) for name in same)
     if variant != "pre-norm":
+        same = [name for name in same if "rel_pos" not in name]  # a network of its own
         assert not any(name.endswith((".fc1.weight", ".fc2.weight", "pos_embed", "norm1.weight")) for name in same)
 
 
