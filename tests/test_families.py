@@ -119,3 +119,15 @@ def test_no_position_bias_of_swin_v2_is_clipped():
         if name.endswith("act_computed_bias"):
             low, high = ((end - act.zero_point) * act.scale for end in act.grid)
             assert low - act.scale <= act.low and act.high <= high + act.scale
+
+
+@torch.no_grad()
+def test_a_bias_of_all_scores_that_is_far_from_zero_costs_nothing():
+    errors = []
+    for shift in (0, 20):
+        model = build("relative positions, post-norm")
+        for block in model.blocks:
+            block.attn.rel_pos.relative_position_bias_table += shift
+        expected = model(IMAGES)
+        errors.append((calibrate(quantize_model(model), IMAGES)(IMAGES) - expected).square().mean().sqrt())
+    assert errors[1] < 1.5 * errors[0]
