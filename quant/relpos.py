@@ -15,7 +15,7 @@ from timm.models.vision_transformer_relpos import (
 from torch import Tensor, nn
 
 from quant.blocks import PostNormBlock
-from quant.vit import QuantAttention, QuantVisionTransformer
+from quant.vit import QuantAttention, QuantBlock, QuantVisionTransformer
 
 
 class ComputedBias(nn.Module):
@@ -62,14 +62,9 @@ class QuantRelPosAttention(RelPosAttention):
 
 
 class QuantRelPosBlock(RelPosBlock):
-    """Modifications: both residual sums quantized; no stochastic depth."""
+    """Modifications: as in QuantBlock."""
 
-    parts = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
-    activations = ("act_residual1", "act_residual2")
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        x = self.act_residual1(x + self.ls1(self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)))
-        return self.act_residual2(x + self.ls2(self.mlp(self.norm2(x))))
+    parts, activations, forward = QuantBlock.parts, QuantBlock.activations, QuantBlock.forward
 
 
 class QuantResPostRelPosBlock(PostNormBlock, ResPostRelPosBlock):

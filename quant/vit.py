@@ -76,8 +76,9 @@ class QuantBlock(Block):
     parts = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
     activations = ("act_residual1", "act_residual2")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act_residual1(x + self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, **attention: Tensor | None) -> Tensor:
+        """`attention` is what another family's block hands on to its attention: a bias that all share."""
+        x = self.act_residual1(x + self.ls1(self.attn(self.norm1(x), **attention)))
         return self.act_residual2(x + self.ls2(self.mlp(self.norm2(x))))
 
 

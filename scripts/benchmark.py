@@ -51,7 +51,7 @@ from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen, model_attention
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH
-from utils.run.compilation import REPEATED, repeated
+from utils.run.compilation import repeated
 from utils.run.environment import commit, device_name, versions
 from utils.run.errors import exit_cleanly
 from utils.run.files import check_writable, write_json
@@ -60,7 +60,6 @@ from utils.run.optimisation import Optimisation
 from utils.run.options import Parser, pick_device, positive
 from utils.run.precision import PRECISIONS, float32_products, model_products, model_weights
 from utils.run.progress import progress_bar
-from utils.run.replay import replayed
 
 
 def main() -> None:
@@ -245,11 +244,11 @@ def bare_step(model: nn.Module, batch: Batch, options: argparse.Namespace, conte
         with model_products(options.precision, images.device):
             return nn.functional.cross_entropy(model(images).float(), batch.labels)
 
-    if options.compile:
-        loss = torch.compile(loss, fullgraph=True, **REPEATED)
-    elif batch.images.device.type == "cuda":
-        loss = contexts.enter_context(replayed(loss))
-    return lambda: torch.autograd.grad(loss(batch.images), batch.images)
+    def gradient(loss: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(images), images)
+
+    fast = contexts.enter_context(repeated(loss, batch.images.device, options.compile, gradient))
+    return lambda: gradient(fast, batch.images)
 
 
 def transcribed_step(model: nn.Module, batch: Batch, precision: str) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from families import FAMILIES, build
 
-from generate_data import GenerationSettings, generate_data
+from generate_data import GenerationSettings, generate_data, generation_settings
 from models import build_model
 from utils.attention import attention_outputs, frozen
 from utils.losses import loss_terms, try_out
+from utils.options import parse_generation
 from utils.run.precision import (
     LARGE,
     PRECISIONS,
@@ -110,6 +111,13 @@ def test_a_cpu_computes_large_models_in_bf16_where_it_has_it(monkeypatch, capabi
 def test_a_torch_that_does_not_tell_computes_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert default_precision(torch.device("cpu"), Sized(LARGE)) == "fp32"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("options", [[], ["--compile"]], ids=["default", "compile"])
+def test_steps_are_compiled_where_that_is_asked_for(device, options):
+    parsed = parse_generation(["--model", "demo_vit", "--precision", "fp32", *options])
+    assert generation_settings(parsed, torch.device(device), Sized(LARGE)).compile is bool(options)
 
 
 @pytest.mark.parametrize("name", ["demo_vit", "demo_swin", "cifar_vit", "cifar_swin"])

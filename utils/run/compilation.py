@@ -48,7 +48,7 @@ def compiled(function: Callable, trial: Callable[[Callable], object]) -> Callabl
     return function
 
 
-def compiled_when_called(function: Callable, trial: Callable, begin: Callable[[], None] = lambda: None) -> Callable:
+def compiled_when_called(function: Callable, trial: Callable, begin: Callable[[], None]) -> Callable:
     """`function`, compiled on its first call for many more with arguments of the same shapes.
 
     Args:
