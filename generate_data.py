@@ -23,18 +23,19 @@ from torch import Tensor, nn
 from models import build_model, class_names, model_notes, model_tag, normalization, resized_size
 from quant import is_calibrated
 from quant.contrast import SHADED, add_shaded, stretch
-from utils.attention import attention_outputs, frozen, model_attention, where_not_finite
+from utils.attention import attention_outputs, frozen, where_not_finite
 from utils.images import draw_noise, save_images
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.options import check_generation, parse_generation
 from utils.plots import plot_losses
+from utils.products import fast_products
 from utils.run.compilation import repeated
 from utils.run.distributed import by_first, first_process_first, gather, process_group, rank, world_size
 from utils.run.errors import exit_cleanly
 from utils.run.memory import what_fits
 from utils.run.optimisation import Optimisation
 from utils.run.options import pick_device
-from utils.run.precision import default_precision, float32_products, model_weights
+from utils.run.precision import default_precision, float32_products
 from utils.run.progress import progress_bar
 from utils.run.seeds import make_deterministic, stream
 from utils.run.signals import stop_requests
@@ -107,8 +108,7 @@ def generate_data(
     with (
         frozen(model, settings.checkpoint_activations),
         float32_products(tf32=settings.precision == "tf32"),
-        model_attention(model, settings.precision),
-        model_weights(model, settings.precision),
+        fast_products(model, settings.precision),
         attention_outputs(model) as outputs,  # once: other hooks would be compiled anew
         stop_requests() as stop,
         progress_bar(total=len(mine) * total, desc="generating", unit="step", disable=not progress) as bar,

@@ -48,9 +48,10 @@ from generate_data import Batch, GenerationSettings, draw_labels
 from models import build_model
 from quant import calibrate, quantize_model
 from scripts.pages.speed import GOALS
-from utils.attention import attention_outputs, frozen, model_attention
+from utils.attention import attention_outputs, frozen
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
 from utils.outputs import CPU_BATCH
+from utils.products import fast_products
 from utils.run.compilation import repeated
 from utils.run.environment import commit, device_name, versions
 from utils.run.errors import exit_cleanly
@@ -58,7 +59,7 @@ from utils.run.files import check_writable, write_json
 from utils.run.memory import freed_memory_kept
 from utils.run.optimisation import Optimisation
 from utils.run.options import Parser, pick_device, positive
-from utils.run.precision import PRECISIONS, float32_products, model_products, model_weights
+from utils.run.precision import PRECISIONS, float32_products, model_products
 from utils.run.progress import progress_bar
 
 
@@ -224,8 +225,7 @@ def step_of(kind: str, model: nn.Module, options: argparse.Namespace, contexts: 
 
 def step_terms(model: nn.Module, options: argparse.Namespace, contexts: ExitStack) -> LossTerms:
     """The loss of generation as long as `contexts` are open, compiled or replayed as there."""
-    contexts.enter_context(model_attention(model, options.precision))
-    contexts.enter_context(model_weights(model, options.precision))
+    contexts.enter_context(fast_products(model, options.precision))
     terms = loss_terms(model, contexts.enter_context(attention_outputs(model)), options.precision)
     device = next(model.parameters()).device
     return contexts.enter_context(repeated(terms, device, options.compile, try_out))

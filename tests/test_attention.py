@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from quant.families import ATTENTION
-from utils.attention import attention_by_products, attention_outputs, layer_entropies, where_not_finite
+from utils.attention import attention_outputs, layer_entropies, where_not_finite
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -50,16 +49,3 @@ def test_the_earliest_layer_that_is_not_finite_is_named(request, name, value):
         model.get_submodule(layer).weight.data[0] = value
         assert where_not_finite(model, images, "fp32") == f"{layer} is the first layer that is not"
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_attention_by_products_gives_the_same_and_is_undone(vit):
-    images = torch.randn(2, 3, 32, 32)
-    layers = [module for module in vit.modules() if isinstance(module, ATTENTION)]
-    for layer in layers:
-        layer.fused_attn = True
-    expected = vit(images)
-    with pytest.raises(KeyError), attention_by_products(vit):
-        assert layers and not any(layer.fused_attn for layer in layers)
-        torch.testing.assert_close(vit(images), expected)
-        raise KeyError
-    assert all(layer.fused_attn for layer in layers)

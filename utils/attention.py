@@ -1,7 +1,7 @@
 """What the layers of a timm model put out, its attention above all, read without altering the model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,26 +62,6 @@ def where_not_finite(model: nn.Module, images: Tensor, precision: str) -> str:
         with model_products(precision, images.device):
             model(images)
     return f"{names[0]} is the first layer that is not" if names else "all layers were finite before"
-
-
-def model_attention(model: nn.Module, precision: str) -> AbstractContextManager[None]:
-    """The context for the model's attention. In bfloat16 a CPU's fused one has a backward pass that is slow."""
-    slow = precision == "bf16" and next(model.parameters()).device.type == "cpu"
-    return attention_by_products(model) if slow else nullcontext()
-
-
-@contextmanager
-def attention_by_products(model: nn.Module) -> Iterator[None]:
-    """Within the context attention is computed as two matrix products and a softmax, not as one fused operator."""
-    layers = [module for module in model.modules() if isinstance(module, ATTENTION)]
-    fused = [layer for layer in layers if getattr(layer, "fused_attn", False)]  # Swin V2 has no other way
-    try:
-        for layer in fused:
-            layer.fused_attn = False
-        yield
-    finally:
-        for layer in fused:
-            layer.fused_attn = True
 
 
 @contextmanager
