@@ -174,7 +174,7 @@ def test_a_second_gpu_replays_the_same():
 
 
 def test_what_was_recorded_holds_no_memory():
-    model = build_model("deit_tiny", pretrained=False).cuda()
+    model = build_model("deit_small", pretrained=False).cuda()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     generate_data(model, 40, settings=GenerationSettings(steps=1), progress=False)  # batches of two shapes
@@ -200,10 +200,11 @@ def test_several_batches_are_compiled_once(capfd):
 def test_activations_are_computed_again_in_less_memory():
     peaks, model = [], build_model("deit_tiny", pretrained=False).cuda()
     for again in (False, True):
+        before = torch.cuda.memory_allocated()  # with cuBLAS' workspaces, of all that was recorded until now
         torch.cuda.reset_peak_memory_stats()
         settings = GenerationSettings(steps=1, checkpoint_activations=again)
-        assert generate_data(model, 8, settings=settings, progress=False).isfinite().all()
-        peaks.append(torch.cuda.max_memory_allocated())
+        assert generate_data(model, 32, settings=settings, progress=False).isfinite().all()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 0.7 * peaks[0]
 
 
