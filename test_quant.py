@@ -70,7 +70,8 @@ def quantize_and_evaluate(
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
     with record.stage("calibrate"), float32_products():
-        do = partial(calibrate, quantized, images["images"], learn=partial(learn, state=record.state))
+        train = partial(learn, precision=settings.precision, state=record.state)
+        do = partial(calibrate, quantized, images["images"], learn=train)
         if attempt(do) is None:
             raise InputError("out of memory in calibration; expected more memory, or a smaller --calib-batchsize")
     leave_files(options, model, quantized, images, record)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,9 +25,10 @@ from quant.recipes import BEST, INPUTS, LEARNED, PAPER, Recipe
 from scripts.accuracy import ORIGIN, add_case, measure, open_case, origin, parse_bits, predict
 from scripts.pages.cells import read_csv
 from scripts.rows import append_row, check_rows
+from utils.learning import learn
 from utils.run.errors import exit_cleanly
 from utils.run.options import Parser, natural
-from utils.run.precision import float32_products
+from utils.run.precision import default_precision, float32_products
 from utils.run.progress import progress_bar
 
 ROWS = Path(__file__).resolve().parent / "results" / "recipes.csv"
@@ -66,11 +68,12 @@ def ablate(
 ) -> Iterator[dict]:
     """What was measured of each recipe of `names` for a float model, which stays as it is."""
     images, labels = val
-    expected = predict(model, images)
+    expected, device = predict(model, images), next(model.parameters()).device
+    train = partial(learn, precision=default_precision(device, model))
     for name in progress_bar(names, desc=f"W{w_bit}/A{a_bit}", unit="recipe"):
         quantized = quantize_model(copy.deepcopy(model), w_bit, a_bit, recipe=variants()[name])
         start = time.perf_counter()
-        calibrate(quantized, calibration)
+        calibrate(quantized, calibration, learn=train)
         seconds = round(time.perf_counter() - start, 1)
         measured = measure(quantized, expected, images, labels)
         yield {"w_bit": w_bit, "a_bit": a_bit, "recipe": name, **measured, "calibrate_s": seconds}

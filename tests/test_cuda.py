@@ -123,9 +123,9 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
             return steps(number)
 
         patch.setattr(student, "step", interrupted)
-        learn(student, tmp_path)
+        learn(student, "fp32", tmp_path)
     again = Student(fit(quantized, images, 32), teacher, images, steps=60, parts=True)
-    learn(again, tmp_path)
+    learn(again, "fp32", tmp_path)
     again.finish()
     assert again.error(images.cuda()).item() < 0.9 * before
 

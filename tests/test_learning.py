@@ -182,7 +182,7 @@ def test_a_recipe_learns_where_bits_are_few(vit, recipe, w_bit, a_bit, steps):
 
 def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
     whole, part, rest, other = student_of(vit), student_of(vit), student_of(vit), student_of(vit, a_bit=5)
-    learn(whole, tmp_path / "whole")
+    learn(whole, "fp32", tmp_path / "whole")
     step = part.step
 
     def interrupted(number):
@@ -192,14 +192,43 @@ def test_learning_that_was_interrupted_goes_on(vit, tmp_path):
 
     part.step = interrupted
     with pytest.raises(Stopped, match="interrupted at step 2"):
-        learn(part, tmp_path / "part")
+        learn(part, "fp32", tmp_path / "part")
     longer = student_of(vit)
     longer.total += 1
-    for another in (other, longer):
+    for another, precision in ((other, "fp32"), (longer, "fp32"), (student_of(vit), "bf16")):
         with pytest.raises(InputError, match="of another run"):
-            learn(another, tmp_path / "part")
+            learn(another, precision, tmp_path / "part")
     numbers, step = [], rest.step
     rest.step = lambda number: (numbers.append(number), step(number))[1]
-    learn(rest, tmp_path / "part")
+    learn(rest, "fp32", tmp_path / "part")
     assert numbers == list(range(2, whole.total))
     assert all(torch.equal(tensor, rest.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_steps_in_bf16_are_those_of_float32_but_for_roundings(vit):
+    students = {precision: student_of(vit, recipe=replace(RECIPE, learn=8)) for precision in ("fp32", "bf16")}
+    before = {name: tensor.detach().clone() for name, tensor in students["fp32"].tensors.items()}
+    for precision, student in students.items():
+        learn(student, precision)
+        assert all(tensor.dtype == torch.float32 for tensor in student.tensors.values())
+        assert student.error(IMAGES).dtype == torch.float32
+    moved = [torch.cat([(s.tensors[n] - before[n]).flatten() for n in before]) for s in students.values()]
+    assert not torch.equal(*moved) and torch.cosine_similarity(*moved, dim=0) > 0.8
+
+
+def test_weights_that_a_step_changed_are_seen_by_the_next(vit, monkeypatch):
+    """Autocast keeps what it has rounded of them until its end."""
+    student, errors = student_of(vit), []
+    layer, step = student.layers["blocks.0.mlp.fc1"], student.step
+    for group in student.optimizer.param_groups:
+        group["rate"] = 0.0
+
+    def measured(number):
+        layer.weight_scale *= 2  # and nothing else changes
+        errors.append(step(number))
+        return errors[-1]
+
+    monkeypatch.setattr(student, "draw", lambda: IMAGES)
+    monkeypatch.setattr(student, "step", measured)
+    learn(student, "bf16")
+    assert len({error[0].item() for error in errors}) == student.total
