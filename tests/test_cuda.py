@@ -107,7 +107,8 @@ def test_best_keeps_as_much_as_on_a_cpu(w_bit):
     assert errors[1] == pytest.approx(errors[0], rel=0.3)
 
 
-def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch, precision):
     model = build_model("demo_vit").cuda()
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     quantized = quantize_model(copy.deepcopy(model), 4, 4, recipe=LEARNED)
@@ -123,9 +124,9 @@ def test_a_model_learns_stops_and_goes_on(tmp_path, monkeypatch):
             return steps(number)
 
         patch.setattr(student, "step", interrupted)
-        learn(student, "fp32", tmp_path)
+        learn(student, precision, tmp_path)
     again = Student(fit(quantized, images, 32), teacher, images, steps=60, parts=True)
-    learn(again, "fp32", tmp_path)
+    learn(again, precision, tmp_path)
     again.finish()
     assert again.error(images.cuda()).item() < 0.9 * before
 

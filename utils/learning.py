@@ -7,7 +7,7 @@ from torch import Tensor
 from quant.learning import BATCH, Student
 from utils.run.distributed import rank
 from utils.run.optimisation import Optimisation
-from utils.run.precision import model_products
+from utils.run.precision import float32_products, model_products
 from utils.run.progress import progress_bar
 from utils.run.signals import stop_requests
 from utils.run.state import digest
@@ -30,7 +30,8 @@ def learn(student: Student, precision: str, state: Path | None = None) -> None:
     images, device = min(BATCH, len(student.images)), next(student.model.parameters()).device
 
     def step(number: int) -> Tensor:
-        with model_products(precision, device):  # anew in each: it keeps what it has rounded, and weights change
+        # Anew in each: autocast keeps what it has rounded, and weights change
+        with float32_products(tf32=precision == "tf32"), model_products(precision, device):
             return student.step(number)
 
     begun_with = [*student.model.parameters(), *student.tensors.values(), student.images]

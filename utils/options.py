@@ -209,8 +209,8 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="of the model's products in generation and learning; losses, and evaluation, are fp32 (bf16 on cuda, and, for "
-        f"models from {LARGE // 10**6} million parameters, on a CPU that multiplies it natively; else fp32)",
+        help="of products in generation and in learning; losses, and all of evaluation, are fp32 (bf16 on cuda, and, "
+        f"for models from {LARGE // 10**6} million parameters, on a CPU that multiplies it natively; else fp32)",
     )
     add(
         "--compile",
