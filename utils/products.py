@@ -1,7 +1,7 @@
 """A model's own operators while images are generated: as matrix products, where these are faster."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch.nn.functional as F
@@ -14,13 +14,11 @@ from utils.run.precision import model_weights
 @contextmanager
 def fast_products(model: nn.Module, precision: str) -> Iterator[None]:
     """Within the context the model computes the same, faster: for steps that change the images and not the weights."""
-    with patches_by_products(model), model_weights(model, precision):
-        # In bfloat16 a CPU's fused attention has a backward pass that is slow
-        if precision == "bf16" and next(model.parameters()).device.type == "cpu":
-            with attention_by_products(model):
-                yield
-        else:
-            yield
+    # In bfloat16 a CPU's fused attention has a backward pass that is slow
+    slow = precision == "bf16" and next(model.parameters()).device.type == "cpu"
+    attention = attention_by_products(model) if slow else nullcontext()
+    with patches_by_products(model), attention, model_weights(model, precision):
+        yield
 
 
 @contextmanager
