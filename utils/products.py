@@ -39,7 +39,7 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
 def patches_by_products(model: nn.Module) -> Iterator[None]:
     """Within the context patches are embedded by one matrix product, not by a convolution.
 
-    The gradient for the image takes a CPU's convolution three times as long as a product, the same to the last bit.
+    The gradient for the image takes a CPU's convolution three times as long, and is the same but for the order of sums.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and splits(layer)]
     try:
