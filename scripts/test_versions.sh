@@ -19,5 +19,5 @@ for end in ${1:-oldest newest}; do
     # shellcheck disable=SC2086
     "$VENVS/$end/bin/pip" install -q $versions -r requirements.txt -r requirements-dev.txt
     echo "== $end: $("$VENVS/$end/bin/python" -c 'import utils.run.environment as e; print(e.versions())')"
-    "$VENVS/$end/bin/python" -m pytest -q
+    "$VENVS/$end/bin/python" -m pytest -q -n 2
 done

@@ -1,7 +1,7 @@
 import copy
 import json
+import os
 import signal
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,16 @@ from timm.models.vision_transformer import VisionTransformer
 from quant import calibrate, quantize_model
 
 GOLDEN = Path(__file__).parent / "golden"
-FUZZED = Counter()  # inputs by reader, which the end of the tests tells
 
 
 def pytest_configure():
-    """Ctrl-C is tested: a shell has what it starts in the background ignore it, which its processes would inherit."""
+    # Ctrl-C is tested: a shell has what it starts in the background ignore it, which its processes would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_terminal_summary(terminalreporter):
-    if FUZZED:
-        terminalreporter.write_line(f"fuzz: {FUZZED.total()} inputs to {len(FUZZED)} readers")
-
-
-@pytest.fixture(scope="session")
-def fuzzed():
-    return FUZZED
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:  # as many threads as cores each would wait for one another, and keep the cores busy with that
+        threads = max(1, os.cpu_count() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")
