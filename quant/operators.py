@@ -99,7 +99,10 @@ class OnnxWeight(QuantizedWeight):
             weight = dequantize(weight, self.weight_scale, self.weight_zero_point, 1)
         bias = self.bias if bias is None else bias
         y = x @ weight
-        return self.act_output(y if bias is None else y + bias)
+        if bias is not None:
+            # In batches of fixed size ONNX Runtime makes a Gemm, in float, of a product and a bias of one dimension
+            y = y + (bias if x.ndim == 2 else bias[None, None])
+        return self.act_output(y)
 
 
 class OnnxLinear(OnnxWeight, QuantLinear):

@@ -15,6 +15,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed  # noqa: E402
+
 from quant.onnx import to_onnx  # noqa: E402
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -133,10 +135,14 @@ def test_every_product_runs_in_integers_where_all_inputs_are_quantized(model, tm
     blocks = sum(1 for name, _ in model.named_modules() if name.endswith("attn"))
     each = 8 if wide and recipe is INPUTS else 6  # qkv, as three or one; scores, context, proj, fc1, fc2
     products = each * blocks + 2 + hasattr(model, "layers")  # both ends; one merging
-    run(exported(model, recipe=recipe)[1], IMAGES[:1], tmp_path / "optimized.onnx")
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert sum(map(kinds.count, ("MatMulIntegerToFloat", "QLinearMatMul"))) == products
-    assert "MatMul" not in kinds and "Gemm" not in kinds
+    graph = exported(model, recipe=recipe)[1]
+    fixed = copy.deepcopy(graph)
+    make_dim_param_fixed(fixed.graph, "batch", 2)
+    for case in (graph, fixed):
+        run(case, IMAGES[:2], tmp_path / "optimized.onnx")
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert sum(map(kinds.count, ("MatMulIntegerToFloat", "QLinearMatMul"))) == products
+        assert not {"MatMul", "Gemm", "QGemm"} & set(kinds)
 
 
 def test_heads_are_moved_in_integers_and_windows_in_float(model, wide):
