@@ -18,6 +18,8 @@ from quant.modules import NoAct, QuantAct, QuantConv2d, QuantizedWeight, QuantLi
 from quant.swin import QuantSwinTransformerBlock, QuantWindowAttention
 from quant.vit import QuantAttention
 
+NEXT_TO_NOTHING = 1e-30  # added to a float32 that is not zero it changes no bit
+
 
 @torch.library.custom_op("psaq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -114,9 +116,11 @@ class OnnxLinear(OnnxWeight, QuantLinear):
     def split(self, parts: int) -> nn.ModuleList:
         """As many layers, prepared, that give a part of the output each.
 
-        They all have a bias: a product whose output is rounded to int8 at once ONNX Runtime computes in float.
+        They all have a bias: a product whose output is rounded to int8 at once ONNX Runtime computes in float. None is
+        zero, as those of keys are: onnxsim and onnxslim would take it out.
         """
-        biases = (torch.zeros(self.out_features) if self.bias is None else self.bias).chunk(parts)
+        biases = torch.zeros(self.out_features) if self.bias is None else self.bias
+        biases = torch.where(biases == 0, NEXT_TO_NOTHING, biases).chunk(parts)
         scales = [None] * parts if self.weight_scale is None else self.weight_scale.chunk(parts)
         layers = nn.ModuleList()
         for weight, bias, scale in zip(self.weight.chunk(parts), biases, scales, strict=True):

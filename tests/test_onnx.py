@@ -9,6 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from quant import calibrate, operators, quantize_model
+from quant.biases import drop_key_biases
 from quant.recipes import BEST, INPUTS, PAPER
 
 onnx = pytest.importorskip("onnx")
@@ -178,6 +179,15 @@ def test_products_are_of_uint8_by_int8(model, qkv_bias, tmp_path, monkeypatch):
     ]
     assert len(pairs) > 16 and set(pairs) == {(onnx.TensorProto.UINT8, onnx.TensorProto.INT8)}
     assert not {"MatMul", "Gemm", "DequantizeLinear"} & {node.op_type for node in graph.node}
+
+
+def test_no_bias_is_zero_which_simplifiers_take_out(model, monkeypatch):
+    count_as_wide(monkeypatch, from_width=0)
+    drop_key_biases(model)
+    graph = to_onnx(quantized(model, recipe=INPUTS)).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    added = [tensors[name] for node in graph.node if node.op_type == "Add" for name in node.input if name in tensors]
+    assert len(added) > 12 and all(bias.any() for bias in added)
 
 
 @pytest.mark.parametrize("recipe", [PAPER, INPUTS], ids=lambda recipe: recipe.name)
