@@ -1,9 +1,11 @@
 """Result rows: one run of test_quant.py, one line of a CSV file. Used by scripts/sweep.sh and scripts/tables.py.
 
-python scripts/rows.py has  ROWS MODEL W_BIT A_BIT RECIPE MODE SEED    exit code 0 if the run is there, and did not
-                                                                        fail; 1 if it is not; 2 if ROWS will not do
-python scripts/rows.py add  ROWS results.json
-python scripts/rows.py fail ROWS MODEL W_BIT A_BIT RECIPE MODE SEED REASON
+python scripts/rows.py has  ROWS MODEL W_BIT A_BIT RECIPE MODE SEED OPTIONS    exit code 0 if the run is there, and did
+                                                                               not fail; 1 if not; 2 if ROWS won't do
+python scripts/rows.py add  ROWS results.json OPTIONS
+python scripts/rows.py fail ROWS MODEL W_BIT A_BIT RECIPE MODE SEED OPTIONS REASON
+
+OPTIONS are all others that the run was given, in one argument.
 """
 
 import csv
@@ -19,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
 
-KEY = ("model", "w_bit", "a_bit", "recipe", "mode", "seed")
+RUN = ("model", "w_bit", "a_bit", "recipe", "mode", "seed")
+KEY = (*RUN, "options")
 VALUES = ("tag", "n", "top1", "top5", "float_top1", "float_top5")
 ORIGIN = ("precision", "calibration_images", "device", "commit", "date")
 STAGES = ("build", "images", "calibrate", "evaluate")
@@ -81,9 +84,9 @@ def append_row(path: Path, row: dict, columns: tuple[str, ...] = COLUMNS) -> Non
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def row_of(results: dict) -> dict:
+def row_of(results: dict, options: str) -> dict:
     """The row of a run's results.json."""
-    row = {name: results[name] for name in (*KEY, *VALUES, *ORIGIN)}
+    row = {name: results[name] for name in (*RUN, *VALUES, *ORIGIN)} | {"options": options}
     row |= {f"{stage}_s": round(results["seconds"][stage], 2) for stage in STAGES}
     row |= {name: results["versions"][name] for name in ("torch", "timm")}
     return row | {"steps": results["options"]["steps"]}
@@ -91,9 +94,9 @@ def row_of(results: dict) -> dict:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["add", path, results]:
+        case ["add", path, results, options]:
             try:
-                row = row_of(json.loads(Path(results).read_text()))
+                row = row_of(json.loads(Path(results).read_text()), options)
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise InputError(f"{results}: expected the results.json of a run ({error!r})") from error
             append_row(Path(path), row)

@@ -7,12 +7,12 @@
 #   DATASET=/path/to/imagenet scripts/sweep.sh paper    the paper's table, and the same with --recipe best
 #   MODELS=NAME DATASET=DIR OPTIONS="--checkpoint FILE" scripts/sweep.sh own    a model of your own
 #
-# Rows that are there are skipped, so an interrupted sweep goes on where it stopped; a run that fails is a row with
-# its reason, the sweep goes on, and ends with exit code 1. Images are generated once a model, seed and OPTIONS, and used
-# for all bit widths and recipes. Progress and errors of a run are in errors.txt of its folder.
+# Rows that are there, of the same DATASET and OPTIONS, are skipped, so an interrupted sweep goes on where it stopped; a
+# run that fails is a row with its reason, the sweep goes on, and ends with exit code 1. Images are generated once a
+# model, seed and OPTIONS, and used for all bit widths and recipes. Progress and errors of a run are in errors.txt of its
+# folder.
 # Change what is swept through these variables: MODELS, BITS, RECIPES, MODES, SEEDS, ROWS (the CSV file), RUNS (a folder
-# for images and results), PYTHON, DATASET, OPTIONS (more options of test_quant.py; rows do not tell them, so others want
-# other ROWS).
+# for images and results), PYTHON, DATASET, OPTIONS (more options of test_quant.py).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -59,12 +59,14 @@ RUNS=${RUNS:-runs/sweep}
 PYTHON=${PYTHON:-python}
 made=$(printf %s "${OPTIONS:-}" | cksum) # other options may make other images, and results
 made=${OPTIONS:+_${made%% *}}
+# shellcheck disable=SC2086
+others=$(echo ${DATASET:+--dataset "$DATASET"} ${OPTIONS:-}) # as rows tell them
 failed=0
 trap 'exit 130' INT TERM
 
 # One run: MODEL W_BIT A_BIT RECIPE MODE SEED
 run() {
-    "$PYTHON" scripts/rows.py has "$ROWS" "$@"
+    "$PYTHON" scripts/rows.py has "$ROWS" "$@" "$others"
     case $? in 0) return ;; 1) ;; *) exit 2 ;; esac
     key="$*"
     folder="$RUNS/$1_w$2a$3_$4_mode$5_seed$6$made"
@@ -78,7 +80,7 @@ run() {
     echo "== $*"
     # shellcheck disable=SC2086
     if "$PYTHON" test_quant.py "$@" ${OPTIONS:-} --output-dir "$folder" 2>"$folder/errors.txt"; then
-        "$PYTHON" scripts/rows.py add "$ROWS" "$folder/results.json" || exit 2
+        "$PYTHON" scripts/rows.py add "$ROWS" "$folder/results.json" "$others" || exit 2
         if [ "$mode" = 0 ] && [ ! -f "$images" ]; then
             cp "$folder/images.safetensors" "$images.draft" && mv "$images.draft" "$images"
         fi
@@ -88,7 +90,7 @@ run() {
         reason=$(grep . "$folder/errors.txt" | tail -n 1)
         echo "failed: $reason"
         # shellcheck disable=SC2086
-        "$PYTHON" scripts/rows.py fail "$ROWS" $key "$reason" || exit 2
+        "$PYTHON" scripts/rows.py fail "$ROWS" $key "$others" "$reason" || exit 2
         failed=1
     fi
 }

@@ -111,11 +111,11 @@ def test_the_list_of_files_names_every_file():
     assert [file for file in named if not file.endswith(skipped) and Path(file).name not in text] == []
 
 
-def sweep(tmp_path, image_root, bits, recipes="paper", modes="0 1"):
+def sweep(tmp_path, image_root, bits, recipes="paper", modes="0 1", limit=10):
     settings = {"MODELS": "demo_vit", "SEEDS": "0", "BITS": bits, "DATASET": str(image_root)}
     settings |= {"RECIPES": recipes, "MODES": modes}
     settings |= {"ROWS": str(tmp_path / "rows.csv"), "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
-    settings["OPTIONS"] = "--limit 10 --num-workers 0 --steps 1 --calib-batchsize 2 --device cpu"
+    settings["OPTIONS"] = f"--limit {limit} --num-workers 0 --steps 1 --calib-batchsize 2 --device cpu"
     command = ["sh", "scripts/sweep.sh", "demo"]
     return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
 
@@ -132,6 +132,10 @@ def test_sweep_keeps_rows_skips_what_is_there_and_goes_on_after_a_failure(tmp_pa
     assert images.stem.rpartition("_")[2].isdecimal()  # of the options
     again = sweep(tmp_path, image_root, "8/8")
     assert again.returncode == 0 and again.stdout == ""
+    other = sweep(tmp_path, image_root, "8/8", modes="1", limit=5)
+    assert other.returncode == 0, other.stderr
+    last = rows.read_rows(tmp_path / "rows.csv")[-1]
+    assert last["n"] == "5" and last["options"].startswith(f"--dataset {image_root} --limit 5 --num-workers 0")
 
 
 def test_sweep_makes_a_row_of_each_recipe_from_the_same_images(tmp_path, image_root):
