@@ -88,6 +88,8 @@ def test_cells_are_mean_and_standard_deviation_over_seeds():
     assert cell(data, "demo_vit", "8", "8", "0") == "52.00 ± 2.00"
     assert cell(data[:1], "demo_vit", "8", "8", "0") == "50.00"
     assert cell(data, "demo_vit", "8", "8", "1") == "not run"
+    with pytest.raises(InputError, match="expected rows of the same options in a file; got none; --steps 50"):
+        cell([*data, row(seed="4", options="--steps 50")], "demo_vit", "8", "8", "0")
 
 
 def test_paper_table_has_the_difference_where_there_is_a_run():

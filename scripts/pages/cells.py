@@ -5,6 +5,8 @@ import json
 import statistics
 from pathlib import Path
 
+from utils.run.errors import InputError
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MODES = {"noise": "1", "real": "2", "generated": "0"}
 
@@ -22,9 +24,17 @@ def read_json(path: Path) -> list[dict]:
 def values(
     rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str, recipe: str = "paper"
 ) -> list[float]:
-    """Top-1 of every seed of one cell."""
+    """Top-1 of every seed of one cell.
+
+    Raises:
+        InputError: the rows are of different options, which are not to be one mean.
+    """
     wanted = {"model": model, "w_bit": w_bit, "a_bit": a_bit, "recipe": recipe, "mode": mode, "error": ""}
-    return [float(row["top1"]) for row in rows if all(row[key] == value for key, value in wanted.items())]
+    chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    if len(found := sorted({row["options"] for row in chosen})) > 1:
+        listed = "; ".join(options or "none" for options in found)
+        raise InputError(f"{model} W{w_bit}/A{a_bit}: expected rows of the same options in a file; got {listed}")
+    return [float(row["top1"]) for row in chosen]
 
 
 def cell(rows: list[dict[str, str]], model: str, w_bit: str, a_bit: str, mode: str, recipe: str = "paper") -> str:
