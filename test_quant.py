@@ -43,7 +43,7 @@ from utils.report import HELD_OUT, MODES
 from utils.run.distributed import by_first, first_process_first, process_group
 from utils.run.errors import InputError, exit_cleanly
 from utils.run.files import check_writable
-from utils.run.memory import attempt
+from utils.run.memory import attempt, freed_memory_kept
 from utils.run.options import pick_device
 from utils.run.precision import float32_products
 from utils.run.progress import note
@@ -69,7 +69,7 @@ def quantize_and_evaluate(
     print(report.headline(options, tag, device), *model_notes(quantized), sep="\n", flush=True)
     with record.stage("images"):
         images = calibration_images(options, model, data, settings, losses, record)
-    with record.stage("calibrate"), float32_products():
+    with record.stage("calibrate"), float32_products(), freed_memory_kept():
         train = partial(learn, precision=settings.precision, state=record.state)
         do = partial(calibrate, quantized, images["images"], learn=train)
         if attempt(do) is None:

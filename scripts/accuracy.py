@@ -14,7 +14,7 @@ from models import build_model, class_names, evaluation_transform, normalization
 from utils.data import UNREADABLE, Images, check_dataset, validation_images
 from utils.images import load_images
 from utils.options import add_checkpoint, add_model, bit_width
-from utils.outputs import CPU_BATCH
+from utils.outputs import CPU_BATCH, inference
 from utils.run.errors import InputError
 from utils.run.options import DEVICE_HELP, pick_device, positive
 
@@ -53,11 +53,11 @@ def decoded(data: Images) -> tuple[Tensor, Tensor]:
     return torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """The first prediction for each of `images` (B, 3, H, W), ties as in utils.evaluate.count_correct: (B,)."""
     device = next(model.parameters()).device
-    return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in images.split(CPU_BATCH)])
+    with inference(model):
+        return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in images.split(CPU_BATCH)])
 
 
 def measure(quantized: nn.Module, expected: Tensor, images: Tensor, labels: Tensor) -> dict:

@@ -14,7 +14,7 @@ evaluation     images a second of the float model, and of the quantized one, who
 generation     with --steps: seconds for a batch from the first step to the last, and for one more, in a process of its
                own that finds nothing compiled before; what it compiles all others of the model find
 
-On a CPU the bare model, too, keeps the memory that it frees, as generation does.
+On a CPU the bare model, too, keeps the memory that it frees, as generation does; its products are torch's own.
 Weights are random: speed does not depend on them. Figures are medians; bare, step and transcription of all precisions
 take turns, so that a slow minute of the machine is every one's, and ratios are the medians of the rounds'.
 """
@@ -50,7 +50,7 @@ from quant import calibrate, quantize_model
 from scripts.pages.speed import GOALS
 from utils.attention import attention_outputs, frozen
 from utils.losses import TERMS, LossTerms, loss_terms, try_out
-from utils.outputs import CPU_BATCH
+from utils.outputs import CPU_BATCH, inference
 from utils.products import fast_products
 from utils.run.compilation import repeated
 from utils.run.environment import commit, device_name, versions
@@ -139,7 +139,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> l
                 step = step_of(kind, random_model(name, device), of_precision(options, precision), contexts)
                 steps[precision, kind] = partial(with_products, step, precision)
             times = take_turns(steps, options.rounds, device)
-        measured = (batches, times, evaluation(name, options, device))  # which keeps no memory, as test_quant.py's
+        measured = (batches, times, evaluation(name, options, device))
         return [row_of(name, *measured, of_precision(options, each), device) for each in options.precision]
 
 
@@ -287,13 +287,13 @@ def evaluation(name: str, options: argparse.Namespace, device: torch.device) -> 
     images = torch.randn(size, 3, *model.patch_embed.img_size, device=device)
     quantized = calibrate(quantize_model(build_model(name, pretrained=False)).to(device), images[:8])
 
-    @torch.inference_mode()
     def forward(model: nn.Module, precision: str) -> None:
         with float32_products(tf32=precision == "tf32"), model_products(precision, device):
             model(images)
 
     passes = {precision: partial(forward, model, precision) for precision in options.precision}
-    seconds = take_turns(passes | {"quantized": partial(forward, quantized, "fp32")}, options.rounds, device)
+    with inference(model, quantized):
+        seconds = take_turns(passes | {"quantized": partial(forward, quantized, "fp32")}, options.rounds, device)
     return {kind: size / statistics.median(values) for kind, values in seconds.items()}
 
 

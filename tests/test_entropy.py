@@ -57,17 +57,19 @@ def test_entropy_is_the_same_however_many_images_the_cache_holds(monkeypatch):
 def test_similarities_are_cosines_of_all_pairs_but_token_zero():
     features = torch.randn(2, 3, 5, 7)
     tokens = features.mean(1)[:, 1:]
-    similarity, count = patch_similarity(patch_tokens(features)[0], num_images=2)
+    similarity, log_weight = patch_similarity(patch_tokens(features)[0], num_images=2)
     expected = torch.nn.functional.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=3)  # (2, 4, 4)
-    ordered = [[value for value, n in zip(row, count, strict=True) for _ in range(int(n))] for row in similarity]
-    torch.testing.assert_close(torch.tensor(ordered).sort().values, expected.flatten(1).sort().values)
+    count = (16 * log_weight.exp2()).long()  # of the 16 ordered pairs of 4 tokens
+    ordered = similarity.repeat_interleave(count, dim=1)
+    torch.testing.assert_close(ordered.sort().values, expected.flatten(1).sort().values)
 
 
 def test_windows_of_an_image_are_pooled():
     tokens, _ = patch_tokens(torch.randn(6, 2, 5, 7))
-    separate, count = patch_similarity(tokens, num_images=6)
-    pooled, counts = patch_similarity(tokens, num_images=2)
-    assert torch.equal(pooled, separate.reshape(2, -1)) and torch.equal(counts, count.repeat(3))
+    separate, log_weight = patch_similarity(tokens, num_images=6)
+    pooled, log_weights = patch_similarity(tokens, num_images=2)
+    assert torch.equal(pooled, separate.reshape(2, -1))
+    torch.testing.assert_close(log_weights.exp2(), log_weight.exp2().repeat(3) / 3)
 
 
 def test_nearly_equal_tokens_are_summed_as_in_cosine_similarity():

@@ -72,15 +72,15 @@ class PatchEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, num_images: int) -> Tensor:
         tokens, length = patch_tokens(features)
-        similarity, count = patch_similarity(tokens, num_images)  # (B, M), (M,)
+        similarity, log_weight = patch_similarity(tokens, num_images)  # (B, M), (M,)
         low, high = similarity.aminmax()  # of the whole batch; the points, which hang on them, pass no gradient
         step = (high - low) / (POINTS - 1)
         similarity -= low
         points = step * torch.arange(POINTS, device=tokens.device)  # (K,), from low on
-        parts = [density_entropy(part, count, points) for part in similarity.split(_images_at_once(similarity))]
+        parts = [density_entropy(part, log_weight, points) for part in similarity.split(_images_at_once(similarity))]
         entropy, slope = (torch.cat(values) for values in zip(*parts, strict=True))
-        gradient = _gradient(tokens, slope / num_images)
-        ctx.save_for_backward(F.pad(gradient / length, (0, 0, 1, 0)))  # token 0 has none
+        gradient = _gradient(tokens, slope)
+        ctx.save_for_backward(F.pad(gradient / (length * num_images), (0, 0, 1, 0)))  # token 0 has none
         ctx.features = features.shape, features.dtype
         return entropy.mean()
 
@@ -90,18 +90,18 @@ class PatchEntropy(torch.autograd.Function):
         return (grad / shape[1] * gradient).to(dtype)[:, None].expand(shape), None  # the same for each head
 
 
-def density_entropy(similarity: Tensor, count: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def density_entropy(similarity: Tensor, log_weight: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy of each image's density of similarities, and its gradient for them; equations 5 and 6.
 
     Args:
         similarity: (B, M).
-        count: (M,), how many equal ones each stands for.
+        log_weight: (M,), log2 of the part of the density that each one makes up.
         points: where the density is evaluated, in equal steps: (K,).
 
     Returns:
         (B,) and (B, M).
     """
-    kernel = gaussian_kernel(similarity, count, points)  # (B, K, M)
+    kernel = gaussian_kernel(similarity, log_weight, points)  # (B, K, M)
     q = kernel.sum(dim=2) + DENSITY_FLOOR  # (B, K)
     step, trapezoid = points[1], torch.full_like(points, 1.0)
     trapezoid[:: POINTS - 1].fill_(0.5)  # not by assignment, which would copy the number from the host, and wait
@@ -109,7 +109,7 @@ def density_entropy(similarity: Tensor, count: Tensor, points: Tensor) -> tuple[
     slope = -trapezoid * step * (q.log() + 1) / BANDWIDTH**2
     # d kernel / d similarity = kernel * (point - similarity) / h^2
     moments = _float32_product(torch.stack([slope * points, slope], dim=1), kernel)  # (B, 2, M)
-    return entropy, moments[:, 0] - similarity * moments[:, 1]
+    return entropy, torch.addcmul(moments[:, 0], similarity, moments[:, 1], value=-1)
 
 
 def _images_at_once(similarity: Tensor) -> int:
@@ -124,41 +124,45 @@ def _gradient(tokens: Tensor, of_pairs: Tensor) -> Tensor:
     # A pair counts in both its rows; one of a token with itself twice, but that part is along it, and is taken away.
     place = _pairs_of(tokens)[2].expand(W, -1)
     gradient = _float32_product(of_pairs.view(W, -1).gather(1, place).view(W, N, N), tokens)
-    return gradient - tokens * (tokens * gradient).sum(dim=2, keepdim=True)
+    along = torch.linalg.vecdot(tokens, gradient)[..., None]
+    return torch.addcmul(gradient, tokens, along, value=-1)
 
 
 def patch_similarity(tokens: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     """Cosine of every pair of tokens of a window, the windows of an image pooled.
 
     The method takes ordered pairs, self-pairs included. The cosine is symmetric, so each pair is given once, with
-    the number of ordered pairs that it stands for. Where all patches are nearly alike, how the products of a pair are
-    summed decides the entropy's gradient: on a CPU they are summed there as in cosine_similarity, not as in a matrix
-    product. A GPU has no such order to keep.
+    what it counts for among them. Where all patches are nearly alike, how the products of a pair are summed decides
+    the entropy's gradient: on a CPU they are summed there as in cosine_similarity, not as in a matrix product. A GPU
+    has no such order to keep.
 
     Args:
         tokens: (B*W, N, d), from `patch_tokens`.
 
     Returns:
-        Similarities (B, M) and counts (M,), 2 or, for a token with itself, 1; M = W * N (N + 1) / 2.
+        Similarities (B, M), M = W * N (N + 1) / 2, and log2 of their weights (M,): of an image's W * N^2 ordered pairs
+        each stands for 2 or, of a token with itself, 1.
     """
+    pairs, log_count, _ = _pairs_of(tokens)
     products = _float32_product(tokens, tokens.transpose(1, 2))  # (B*W, N, N)
-    on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and torch.sub(*products.aminmax()).abs() < NARROW:
-        products = torch.stack([(token[:, None] * tokens).sum(dim=2) for token in tokens.unbind(1)], dim=1)
-    pairs, count, _ = _pairs_of(tokens)
     similarity = products.flatten(1).gather(1, pairs.expand(len(tokens), -1))
-    return similarity.view(num_images, -1), count.repeat(len(tokens) // num_images)
+    on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and torch.sub(*similarity.aminmax()).abs() < NARROW:
+        rows = [(token[:, None] * tokens[:, at:]).sum(dim=2) for at, token in enumerate(tokens.unbind(1))]
+        similarity = torch.cat(rows, dim=1)
+    W, N = len(tokens) // num_images, tokens.shape[1]
+    return similarity.view(num_images, -1), log_count.repeat(W) - math.log2(W * N * N)
 
 
 def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where, in a flat (N, N) matrix, each unordered pair is, and how many ordered ones it stands for: (M,) each.
+    """Where, in a flat (N, N) matrix, each unordered pair is, and log2 of how many ordered ones it stands for: (M,).
 
     Third, which pair is at each place of that matrix: (N * N,).
     """
     row, column = torch.triu_indices(N, N, device=device)
     token = torch.arange(N, device=device)
     first, second = torch.minimum(token[:, None], token), torch.maximum(token[:, None], token)
-    return row * N + column, 1.0 + (row != column), (first * (2 * N - 1 - first) // 2 + second).flatten()
+    return row * N + column, (row != column).float(), (first * (2 * N - 1 - first) // 2 + second).flatten()
 
 
 _kept_pairs = cache(_pairs)
@@ -169,23 +173,23 @@ def _pairs_of(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (_pairs if torch.compiler.is_compiling() else _kept_pairs)(tokens.shape[1], tokens.device)
 
 
-def gaussian_kernel(samples: Tensor, count: Tensor, points: Tensor) -> Tensor:
+def gaussian_kernel(samples: Tensor, log_weight: Tensor, points: Tensor) -> Tensor:
     """What each sample adds to the Gaussian kernel density at each point: summed over samples it is the density.
 
-    The density is p(t) = mean_j exp(-(t - s_j)^2 / 2h^2) / sqrt(2 pi) h.
+    The density is p(t) = sum_j w_j exp(-(t - s_j)^2 / 2h^2) / sqrt(2 pi) h, with weights w_j that sum to 1.
 
     Args:
         samples: (B, M).
-        count: (M,), how many equal samples each one stands for.
+        log_weight: log2 of the weights, (M,).
         points: (K,).
 
     Returns:
         (B, K, M).
     """
-    # As a power of two, to which the count is added: torch.exp is ten times slower on a CPU where it underflows.
-    log_weight = (count / (count.sum() * math.sqrt(2 * math.pi) * BANDWIDTH)).log2()
+    # As a power of two, to which the weight is added: torch.exp is ten times slower on a CPU where it underflows.
+    log_height = log_weight - math.log2(math.sqrt(2 * math.pi) * BANDWIDTH)
     offset = samples[:, None] - points[:, None]
-    torch.addcmul(log_weight, offset, offset, value=-math.log2(math.e) / (2 * BANDWIDTH**2), out=offset)
+    torch.addcmul(log_height, offset, offset, value=-math.log2(math.e) / (2 * BANDWIDTH**2), out=offset)
     return offset.clamp_(min=LEAST_EXPONENT).exp2_()  # in place throughout: it is the largest tensor of a step
 
 

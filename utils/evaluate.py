@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from quant import check_calibrated
 from utils.cache import validation_loader
 from utils.data import UNREADABLE, Images
 from utils.loader import image_loader
 from utils.neighbours import compare_embeddings, neighbour_accuracy
-from utils.outputs import CPU_BATCH, halved, in_parts, outputs_of
+from utils.outputs import CPU_BATCH, halved, in_parts, inference, outputs_of
 from utils.run.distributed import gather
 from utils.run.memory import is_out_of_memory
 from utils.run.progress import note, progress_bar
@@ -39,7 +38,6 @@ def measure(
     return neighbour_accuracy(models, loader(data["train"]), val)
 
 
-@torch.inference_mode()
 def evaluate(
     models: dict[str, nn.Module], images: DataLoader, report_every: int = 100
 ) -> dict[str, float | int | list]:
@@ -60,9 +58,6 @@ def evaluate(
         RuntimeError: a model is not calibrated.
         InputError: there is not the memory for one image.
     """
-    for model in models.values():
-        check_calibrated(model)
-        model.eval()
     device = next(next(iter(models.values())).parameters()).device
     correct = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
     count, unreadable, size = 0, [], images.batch_size if device.type != "cpu" else min(images.batch_size, CPU_BATCH)
@@ -71,7 +66,10 @@ def evaluate(
         batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         return {name: count_correct(model(batch), labels) for name, model in models.items()}
 
-    with progress_bar(_batches(images), total=len(images), desc="evaluating", unit="batch") as bar:
+    with (
+        inference(*models.values()),
+        progress_bar(_batches(images), total=len(images), desc="evaluating", unit="batch") as bar,
+    ):
         for step, (batch, labels, indices) in enumerate(bar, start=1):
             readable = labels != UNREADABLE
             if not readable.all():

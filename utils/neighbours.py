@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quant import check_calibrated
 from utils.data import UNREADABLE
-from utils.outputs import CPU_BATCH, in_parts, outputs_of
+from utils.outputs import CPU_BATCH, in_parts, inference, outputs_of
 from utils.run.distributed import gather
 from utils.run.errors import InputError
 from utils.run.progress import progress_bar
@@ -52,7 +51,6 @@ def neighbour_accuracy(models: dict[str, nn.Module], train: DataLoader, val: Dat
     return results
 
 
-@torch.inference_mode()
 def embeddings(models: dict[str, nn.Module], images: DataLoader) -> tuple[dict[str, Tensor], Tensor, list[str]]:
     """What every model gives for each image, (n, D) by name, the labels (n,), and the files that are not readable.
 
@@ -61,21 +59,19 @@ def embeddings(models: dict[str, nn.Module], images: DataLoader) -> tuple[dict[s
     device = next(next(iter(models.values())).parameters()).device
     found: dict[str, list[Tensor]] = {name: [] for name in models}
     labels, unreadable, size = [], [], images.batch_size if device.type != "cpu" else CPU_BATCH
-    for model in models.values():
-        check_calibrated(model)
-        model.eval()
-    for batch, batch_labels, indices in progress_bar(images, desc="embedding", unit="batch"):
-        batch, batch_labels, indices = map(torch.as_tensor, (batch, batch_labels, indices))
-        readable = batch_labels != UNREADABLE
-        unreadable += [images.dataset.files[index] for index in indices[~readable].tolist()]
-        if not readable.any():
-            continue
-        labels.append(batch_labels[readable])
-        parts, size = in_parts(
-            lambda part: [model(part.to(device)).float().cpu() for model in models.values()], size, batch[readable]
-        )
-        for name, values in zip(models, zip(*parts, strict=True), strict=True):
-            found[name] += values
+    with inference(*models.values()):
+        for batch, batch_labels, indices in progress_bar(images, desc="embedding", unit="batch"):
+            batch, batch_labels, indices = map(torch.as_tensor, (batch, batch_labels, indices))
+            readable = batch_labels != UNREADABLE
+            unreadable += [images.dataset.files[index] for index in indices[~readable].tolist()]
+            if not readable.any():
+                continue
+            labels.append(batch_labels[readable])
+            parts, size = in_parts(
+                lambda part: [model(part.to(device)).float().cpu() for model in models.values()], size, batch[readable]
+            )
+            for name, values in zip(models, zip(*parts, strict=True), strict=True):
+                found[name] += values
     shards = gather((found, labels, unreadable))
     if not any(some for _, some, _ in shards):
         raise InputError(f"expected images to embed; got none that can be read of {len(images.dataset)}")

@@ -24,27 +24,32 @@ _SIGNS = (
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
 _RETURN = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
+_open = 0  # contexts of freed_memory_kept, one within the other
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within the context what is freed on the host stays with the process, for the next step; then it is given back.
+    """Within the context what is freed on the host stays with the process, to be used again; then it is given back.
 
     By itself glibc gives back every tensor above 32 MB, and the kernel clears the pages of the next one, which can take
     as long as computing it. Other C libraries are left as they are.
     """
+    global _open
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "mallopt"):  # musl
         yield
         return
     try:
+        _open += 1
         for option, value in _KEEP.items():
             library.mallopt(option, value)
         yield
     finally:
-        for option, value in _RETURN.items():
-            library.mallopt(option, value)
-        library.malloc_trim(0)
+        _open -= 1
+        if not _open:
+            for option, value in _RETURN.items():
+                library.mallopt(option, value)
+            library.malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
