@@ -20,7 +20,7 @@ from scripts.pages.accuracy import (
 from scripts.pages.cells import RESULTS, read_csv, read_json
 from scripts.pages.onnx import onnx_table, read_files
 from scripts.pages.recipes import recipes_table
-from scripts.pages.speed import benchmark_gpu_table, benchmark_table, whole_runs_table
+from scripts.pages.speed import benchmark_table, machine_table, whole_runs_table
 from scripts.pages.steps import steps_table
 from scripts.pages.toolkits import latency_table, toolkits_table
 from scripts.rows import read_rows
@@ -51,7 +51,8 @@ TABLES = {
     "precision": (precision_table, "docs/results.md", read_rows),
     "precision_large_fp32": (precision_large_table, "docs/results.md", read_csv),
     "benchmark": (benchmark_table, "docs/results.md", read_json),
-    "benchmark_gpu": (benchmark_gpu_table, "docs/results.md", read_json),
+    "benchmark_zen4": (machine_table, "docs/results.md", read_json),
+    "benchmark_gpu": (machine_table, "docs/results.md", read_json),
     "onnx": (onnx_table, "docs/deployment.md", read_files),
     "bf16": (bf16_table, "docs/results.md", read_csv),
     "whole_runs": (whole_runs_table, "docs/results.md", read_csv),

@@ -18,7 +18,7 @@ from scripts import benchmark, file_sizes, rows, sensitivity, tables, whole_runs
 from scripts.pages import onnx
 from scripts.pages.accuracy import paper_table
 from scripts.pages.cells import cell, read_csv
-from scripts.pages.speed import benchmark_table, evaluation_table, whole_runs_table
+from scripts.pages.speed import benchmark_table, evaluation_table, machine_table, whole_runs_table
 from utils.run.errors import InputError
 
 ROOT = Path(tables.__file__).resolve().parent.parent
@@ -246,3 +246,8 @@ def test_benchmark_table_has_goals_of_bf16_only_and_extrapolates_evaluation(tmp_
     assert "| deit_tiny | 50.0 | 80.0 | 25.0 | not run | not run | 50 min | - | - |" in evaluation_table(
         [row | kind for kind in kinds]
     )
+    seconds = {"generation_cold_s": None, "generation_warm_s": None}
+    table = machine_table([row | kind | seconds for kind in kinds])
+    assert "| deit_tiny | bf16 | eager | 100.0 | 110.0 | 0.61 | 1.10 | 1 | 2 | 80.0 | 25.0 |" in table
+    table = machine_table([row | kinds[0] | seconds, row | kinds[1] | dict.fromkeys(seconds, 3.0)])
+    assert "| 1 | 2 |  |  | 50.0 | 25.0 |" in table and "| 1 | 2 | 3.0 | 3.0 | 80.0 | 25.0 |" in table

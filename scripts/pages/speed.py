@@ -22,17 +22,23 @@ def benchmark_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def benchmark_gpu_table(rows: list[dict]) -> str:
-    """The same of a GPU: steps replayed and compiled, and images a second of the float model and of the simulation."""
-    lines = ["| model | precision | mode | bare ms | step ms | step / float32 bare | step / bare | bare MB | step MB "]
-    lines[0] += "| first batch s | one more s | float, images/s | simulated W8/A8, images/s |"
-    lines.append("|---" * 13 + "|")
+def machine_table(rows: list[dict]) -> str:
+    """The same of another machine: in each mode, with images a second of the float model and of the simulation.
+
+    Batches from the first step to the last have columns where they were measured.
+    """
+    whole = {"first batch s": "generation_cold_s", "one more s": "generation_warm_s"}
+    whole = {title: key for title, key in whole.items() if any(row[key] for row in rows)}
+    titles = ["model", "precision", "mode", "bare ms", "step ms", "step / float32 bare", "step / bare"]
+    titles += ["bare MB", "step MB", *whole, "float, images/s", "simulated W8/A8, images/s"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        cells = [row["model"], row["precision"], row["mode"], f"{row['bare_ms']:.1f}", f"{row['step_ms']:.1f}"]
-        cells += [f"{row['step_over_float32']:.2f}", f"{row['step_over_bare']:.2f}"]
+        cells = [row["model"], row["precision"], row["mode"]]
+        cells += [f"{row[key]:.1f}" for key in ("bare_ms", "step_ms")]
+        cells += [f"{row[key]:.2f}" for key in ("step_over_float32", "step_over_bare")]
         cells += [f"{row[key]:.0f}" for key in ("bare_peak_mb", "peak_mb")]
-        cells += [f"{row[key]:.1f}" if row[key] else "" for key in ("generation_cold_s", "generation_warm_s")]
-        cells += [f"{row[key]:.0f}" for key in ("float_images_per_s", "quant_images_per_s")]
+        cells += [f"{row[key]:.1f}" if row[key] else "" for key in whole.values()]
+        cells += [f"{row[key]:.1f}" for key in ("float_images_per_s", "quant_images_per_s")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Batch {rows[0]['batch']}; {measured_with(rows[0])}."])
 
