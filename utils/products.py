@@ -1,7 +1,7 @@
-"""A model's own operators, computed otherwise where that is faster: the results are the same but for the order of sums.
+"""A model's own operators, computed otherwise where that is faster; the results are the same but for the order of sums.
 
-A CPU's product of float32 matrices is MKL's in torch, which has its widest instructions for Intel's processors alone;
-oneDNN, which torch has for bfloat16 and for convolutions, has them for all.
+A CPU's product of float32 matrices is MKL's in torch. On an AMD processor MKL says nothing of AVX-512 (MKL_VERBOSE=1);
+oneDNN, which torch has for bfloat16 and for convolutions, uses it there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
