@@ -7,6 +7,7 @@ import torch
 
 from generate_data import GenerationSettings, draw_labels, generate_data
 from models import build_model, normalization
+from quant import calibrate
 from scripts import steps
 from scripts.pages.cells import read_csv
 from scripts.pages.steps import BY_NUMBER, BY_STEPS, PUBLISHED_SETTING, steps_table
@@ -70,7 +71,9 @@ def test_settings_are_measured_once_and_images_kept(call, monkeypatch, tmp_path)
 
 def test_images_that_are_there_are_calibrated_with(call, tmp_path, monkeypatch):
     model, (path, seen) = build_model("demo_vit"), (tmp_path / "images" / "demo_vit-3-1x4.safetensors", [])
-    monkeypatch.setattr(steps, "calibrate", lambda quantized, images: seen.append(images) or quantized)
+    monkeypatch.setattr(
+        steps, "calibrate", lambda quantized, images: seen.append(images) or calibrate(quantized, images)
+    )
     path.parent.mkdir()
     images = draw_noise(4, model.patch_embed.img_size, 0)
     save_images(path, *normalization(model), images)
