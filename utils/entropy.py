@@ -124,7 +124,7 @@ def _gradient(tokens: Tensor, of_pairs: Tensor) -> Tensor:
     # A pair counts in both its rows; one of a token with itself twice, but that part is along it, and is taken away.
     place = _pairs_of(tokens)[2].expand(W, -1)
     gradient = _float32_product(of_pairs.view(W, -1).gather(1, place).view(W, N, N), tokens)
-    along = torch.linalg.vecdot(tokens, gradient)[..., None]
+    along = (tokens * gradient).sum(dim=2, keepdim=True)
     return torch.addcmul(gradient, tokens, along, value=-1)
 
 
